@@ -1,0 +1,151 @@
+//! The [`Backend`] trait that models are written against, its operation specs, and the plain reference backend.
+//!
+//! Tensors are opaque handles: model code never sees a host pointer, and what must come back to the host
+//! (router ids, logits, hidden rows) is an explicit read. Operations are fused; a *row* is one token.
+//!
+//! Operations do not return errors: shapes are checked when a model is loaded, so a wrong shape here is a bug and
+//! an assertion. **A row's result never depends on the other rows of the call** (batch invariance).
+
+pub mod reference;
+mod spec;
+
+pub use reference::Reference;
+pub use spec::{
+    Activation, AttentionSpec, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, KvSpec, KvType, Part, QkNormRope, RouterSpec, Segment,
+    KV_BLOCK, MERGE_SEGMENT,
+};
+
+use mach_format::{AlignedBytes, PackedLayout, PackedMatrix};
+
+/// Memory of the expert bank: equal slots of two parts (gate|up, down), filled by reader threads while
+/// operations read other slots. Parts are locked apart, so that gate|up of a slot can be computed while its
+/// down is still being read.
+pub trait ExpertMemory: Send + Sync + 'static {
+    /// Number of slots.
+    fn slots(&self) -> usize;
+    /// Capacity of the two parts of a slot in bytes, multiples of 4096.
+    fn part_bytes(&self) -> [usize; 2];
+    /// Calls `f` with exclusive access to the named parts of `slot` (gate|up, down; the one not asked for is
+    /// empty). Parts start at 4096-byte boundaries, as direct I/O wants. Blocks while an operation reads them.
+    fn fill(&self, slot: usize, parts: Part, f: &mut dyn FnMut([&mut [u8]; 2]));
+    /// Gives the slot's physical memory back to the system; its content becomes undefined.
+    fn release(&self, slot: usize);
+}
+
+/// A device that runs the operations of the models.
+pub trait Backend: Send + Sync + 'static {
+    /// An f32 matrix `[rows, cols]`.
+    type Tensor: Send + Sync + 'static;
+    /// A linear weight `[out, in]` in any format.
+    type Weight: Send + Sync + 'static;
+    /// A gate|up pair of linear weights.
+    type GateUp: Send + Sync + 'static;
+    /// Memory of the expert bank.
+    type Memory: ExpertMemory;
+    /// Paged keys and values of one attention layer, for all sequences.
+    type Kv: Send + 'static;
+    /// Recurrent state (conv tail and delta-rule state) of one layer of one sequence.
+    type State: Send + 'static;
+    /// Router choices of a batch of rows.
+    type Routes: Send + 'static;
+
+    /// `cpu`, `reference`.
+    fn name(&self) -> &'static str;
+    /// The kernel set in use, for the signal line: `avx2`, `scalar`, …
+    fn kernels(&self) -> &'static str;
+
+    // --- memory -------------------------------------------------------------------------------------------
+
+    /// A zeroed `[rows, cols]` tensor.
+    fn tensor(&self, rows: usize, cols: usize) -> Self::Tensor;
+    /// Writes whole rows from `row` on. `data.len()` is a multiple of the tensor's columns.
+    fn upload(&self, t: &mut Self::Tensor, row: usize, data: &[f32]);
+    /// Reads whole rows from `row` on into `out`.
+    fn read(&self, t: &Self::Tensor, row: usize, out: &mut [f32]);
+    /// Sets the first `rows` rows to zero.
+    fn zero(&self, t: &mut Self::Tensor, rows: usize);
+    /// Takes a packed weight.
+    fn weight(&self, m: PackedMatrix) -> Self::Weight;
+    /// Takes a gate|up pair: `half` is the layout of either, `data` has tiles of gate and up in turn.
+    fn gate_up(&self, half: PackedLayout, data: AlignedBytes) -> Self::GateUp;
+    /// Memory for `slots` experts with the given part capacities (multiples of 4096).
+    fn alloc_bank(&self, slots: usize, part_bytes: [usize; 2]) -> std::io::Result<Self::Memory>;
+    /// An empty KV store.
+    fn kv(&self, spec: KvSpec) -> Self::Kv;
+    /// Makes block ids `0..blocks` usable. Never shrinks; content of existing blocks is kept.
+    fn kv_grow(&self, kv: &mut Self::Kv, blocks: usize);
+    /// A zero recurrent state.
+    fn state(&self, spec: &GdnSpec) -> Self::State;
+    /// Copies `src` over `dst` (same spec).
+    fn copy_state(&self, src: &Self::State, dst: &mut Self::State);
+    /// An empty set of routes.
+    fn routes(&self) -> Self::Routes;
+
+    // --- operations ---------------------------------------------------------------------------------------
+
+    /// `out[r] = x[x_row + r] / sqrt(mean(x²) + eps) ⊙ w` for `rows` rows. `w` is `[1, cols]`, the effective weight.
+    fn rms_norm(&self, x: &Self::Tensor, x_row: usize, rows: usize, w: &Self::Tensor, eps: f32, out: &mut Self::Tensor);
+    /// `x[x_row + r] += y[r]`.
+    fn add(&self, x: &mut Self::Tensor, x_row: usize, rows: usize, y: &Self::Tensor);
+    /// Several products of the same rows: `out[r] = W x[r]`. Plain weights compute in f32; quantised ones may
+    /// quantise the activation rows (once, for all of them).
+    fn linear(&self, x: &Self::Tensor, rows: usize, outs: &mut [(&Self::Weight, &mut Self::Tensor)]);
+    /// Per head q/k norm, rotary embedding, rounding to the KV type and storing of K and V. `q` and `k` are
+    /// changed in place; `q` may interleave a gate per head (see [`AttentionSpec::gate`]).
+    #[allow(clippy::too_many_arguments)]
+    fn qkv_store(
+        &self,
+        spec: &AttentionSpec,
+        prep: &QkNormRope<'_, Self::Tensor>,
+        q: &mut Self::Tensor,
+        k: &mut Self::Tensor,
+        v: &Self::Tensor,
+        segments: &[Segment<'_>],
+        kv: &mut Self::Kv,
+    );
+    /// Causal attention of query rows over their sequence's blocks; `out` is `[rows, heads·head_dim]`, multiplied
+    /// by `sigmoid(gate)` where the spec has one. Partial results cover [`MERGE_SEGMENT`] keys at absolute
+    /// positions and are merged in index order.
+    fn attention(&self, spec: &AttentionSpec, q: &Self::Tensor, segments: &[Segment<'_>], kv: &Self::Kv, out: &mut Self::Tensor);
+    /// Gated delta rule with causal depthwise conv, then gated RMS norm; always sequential over tokens.
+    /// `qkv` `[rows, 2·k_heads·k_dim + v_heads·v_dim]`, `z` `[rows, v_heads·v_dim]`, `b` and `a` `[rows, v_heads]`.
+    #[allow(clippy::too_many_arguments)]
+    fn gdn(
+        &self,
+        spec: &GdnSpec,
+        w: &GdnWeights<'_, Self::Tensor>,
+        qkv: &Self::Tensor,
+        z: &Self::Tensor,
+        b: &Self::Tensor,
+        a: &Self::Tensor,
+        segments: &mut [GdnSegment<'_, Self::State>],
+        out: &mut Self::Tensor,
+    );
+    /// Scores `rows` rows and keeps the top k, ties to the lowest id. Activations stay f32.
+    fn route(&self, spec: &RouterSpec, x: &Self::Tensor, rows: usize, w: &Self::Weight, routes: &mut Self::Routes);
+    /// Reads the choices back: `[rows·k]` ids and weights, largest weight first within a row.
+    fn read_routes(&self, routes: &Self::Routes, ids: &mut Vec<u32>, weights: &mut Vec<f32>);
+    /// For every job and row: `act[outs[i]] = activation(gate x[rows[i]]) ⊙ (up x[rows[i]])`.
+    fn experts_gate_up(&self, layout: &ExpertLayout, mem: &Self::Memory, jobs: &[ExpertJob<'_>], x: &Self::Tensor, act: &mut Self::Tensor);
+    /// For every job and row: `y[outs[i]] = down act[outs[i]]`.
+    fn experts_down(&self, layout: &ExpertLayout, mem: &Self::Memory, jobs: &[ExpertJob<'_>], act: &Self::Tensor, y: &mut Self::Tensor);
+    /// One expert of a prefill: `out[rows[i]] = fma(weights[i], down act[outs[i]], out[rows[i]])`.
+    fn expert_down_add(&self, layout: &ExpertLayout, mem: &Self::Memory, job: &ExpertJob<'_>, weights: &[f32], act: &Self::Tensor, out: &mut Self::Tensor);
+    /// `out[r] = Σ_j fma(weights[r·k+j], y[order[r·k+j]], ·)` from zero, in the order given (ascending expert id):
+    /// the same arithmetic as [`Backend::expert_down_add`].
+    fn experts_reduce(&self, y: &Self::Tensor, rows: usize, order: &[u32], weights: &[f32], out: &mut Self::Tensor);
+    /// A feed-forward block that is always active: `out[r] += g · down(activation(gate x[r]) ⊙ (up x[r]))`, `g` =
+    /// `sigmoid(gate · x[r])` where a `[1, hidden]` gate is given, else 1. `act` is scratch `[rows, inner]`.
+    #[allow(clippy::too_many_arguments)]
+    fn ffn_add(
+        &self,
+        activation: Activation,
+        x: &Self::Tensor,
+        rows: usize,
+        gate_up: &Self::GateUp,
+        down: &Self::Weight,
+        gate: Option<&Self::Weight>,
+        act: &mut Self::Tensor,
+        out: &mut Self::Tensor,
+    );
+}

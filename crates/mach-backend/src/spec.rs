@@ -1,0 +1,192 @@
+//! Operation specs: what families state as data and backends compute.
+
+use mach_format::{GateUpLayout, PackedLayout};
+
+/// Positions per KV block.
+pub const KV_BLOCK: usize = 32;
+/// Keys per partial attention result, counted from absolute position 0.
+pub const MERGE_SEGMENT: usize = 256;
+
+/// Element type of stored keys and values. Rows are rounded to it before any use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvType {
+    /// IEEE half.
+    F16,
+    /// Single.
+    F32,
+}
+
+impl KvType {
+    /// Bytes of one value.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// Shape of one layer's KV store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvSpec {
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Values per head.
+    pub head_dim: usize,
+    /// Element type.
+    pub ty: KvType,
+}
+
+impl KvSpec {
+    /// Bytes of one block of [`KV_BLOCK`] positions, K and V.
+    pub const fn block_bytes(&self) -> usize {
+        2 * KV_BLOCK * self.kv_heads * self.head_dim * self.ty.bytes()
+    }
+}
+
+/// Softmax attention of one layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads; head `h` reads kv head `h / (heads / kv_heads)`.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Values per head.
+    pub head_dim: usize,
+    /// Factor on q·k.
+    pub scale: f32,
+    /// Keys visible to a query, itself included; `None` sees all earlier ones.
+    pub window: Option<usize>,
+    /// Query rows are `heads × (head_dim query, head_dim gate)` and the output is multiplied by `sigmoid(gate)`.
+    pub gate: bool,
+}
+
+/// What happens to q and k between projection and cache.
+pub struct QkNormRope<'a, T> {
+    /// Epsilon of the norms.
+    pub eps: f32,
+    /// Per-head RMS weight of q, `[1, head_dim]`.
+    pub q_norm: Option<&'a T>,
+    /// Per-head RMS weight of k.
+    pub k_norm: Option<&'a T>,
+    /// `[rows, 2·half]`: cos of `half` frequencies, then sin, one row per batch row. Pairs are `(j, j + half)`;
+    /// channels from `2·half` on pass.
+    pub rope: &'a T,
+    /// Rotated pairs.
+    pub half: usize,
+}
+
+/// Consecutive rows of one sequence in a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment<'a> {
+    /// First row in the batch.
+    pub row: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Absolute position of the first row.
+    pub pos: usize,
+    /// The sequence's block table: block of position `p` is `blocks[p / KV_BLOCK]`.
+    pub blocks: &'a [u32],
+}
+
+/// Gated delta net of one layer. Value head `h` uses key head `h / (v_heads / k_heads)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GdnSpec {
+    /// Query/key heads.
+    pub k_heads: usize,
+    /// Value heads.
+    pub v_heads: usize,
+    /// Values per key head.
+    pub k_dim: usize,
+    /// Values per value head.
+    pub v_dim: usize,
+    /// Taps of the causal conv.
+    pub kernel: usize,
+    /// Epsilon of the gated norm.
+    pub eps: f32,
+}
+
+impl GdnSpec {
+    /// Channels of the conv: q, k and v heads.
+    pub const fn channels(&self) -> usize {
+        2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
+    }
+    /// Bytes of one layer's state in f32.
+    pub const fn state_bytes(&self) -> usize {
+        4 * (self.v_heads * self.k_dim * self.v_dim + (self.kernel - 1) * self.channels())
+    }
+}
+
+/// Small weights of a gated delta net.
+pub struct GdnWeights<'a, T> {
+    /// `[kernel, channels]`, tap-major; the last tap is the current token.
+    pub conv: &'a T,
+    /// `−exp(A_log)`, `[1, v_heads]`.
+    pub neg_exp_a: &'a T,
+    /// `[1, v_heads]`.
+    pub dt_bias: &'a T,
+    /// Plain weight of the gated norm, `[1, v_dim]`.
+    pub norm: &'a T,
+}
+
+/// Consecutive rows of one sequence with its recurrent state.
+pub struct GdnSegment<'a, S> {
+    /// First row in the batch.
+    pub row: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Advanced by `rows` tokens.
+    pub state: &'a mut S,
+}
+
+/// Router: softmax over all experts in f32, top k, optionally renormalised.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RouterSpec {
+    /// Routed experts.
+    pub experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// Divide the kept weights by their sum.
+    pub renormalise: bool,
+}
+
+/// What a feed-forward block does between gate|up and down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `silu(gate) · up`.
+    SwiGlu,
+}
+
+/// How one layer's expert lies in the two parts of a slot.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertLayout {
+    /// Part 0: gate|up, `[inner, hidden]` each.
+    pub gate_up: GateUpLayout,
+    /// Part 1: down, `[hidden, inner]`.
+    pub down: PackedLayout,
+    /// Between the two.
+    pub activation: Activation,
+}
+
+/// Parts of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Gate|up.
+    GateUp,
+    /// Down.
+    Down,
+    /// The whole record.
+    Both,
+}
+
+/// Rows that go through the expert in one slot.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertJob<'a> {
+    /// Slot of the bank.
+    pub slot: usize,
+    /// Rows of the input.
+    pub rows: &'a [u32],
+    /// Row of the activation (and output) buffer for each of `rows`.
+    pub outs: &'a [u32],
+}

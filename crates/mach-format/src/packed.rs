@@ -1,0 +1,168 @@
+//! The one packed weight layout that every kernel set reads.
+//!
+//! A matrix `[rows, cols]` is stored as tiles of [`TILE_ROWS`] output rows. Inside a tile the rows are
+//! interleaved in 4-byte groups along `cols` (the input dimension K), so that one 64-byte line holds the same
+//! K positions of all 16 rows:
+//!
+//! | format | a 64-byte line | then |
+//! |---|---|---|
+//! | `F32` | 16 rows × 1 value | – |
+//! | `F16`, `BF16` | 16 rows × 2 values `k, k+1` | – |
+//! | affine 8 bit | 16 rows × 4 bytes `k..k+4` | per group: 16 scales, 16 biases |
+//! | affine 4 bit | 16 rows × 4 bytes; byte `j` has `k+j` in its low, `k+4+j` in its high nibble | per group: 16 scales, 16 biases |
+//!
+//! An affine tile is a sequence of *group blocks* in K order: the lines of `group` columns, then 16 scales, then
+//! 16 biases, so a kernel reads one memory stream. Rows beyond `rows` and columns beyond `cols` are zero.
+
+use crate::format::{ScaleType, WeightFormat};
+
+/// Output rows of one tile.
+pub const TILE_ROWS: usize = 16;
+
+/// Shape and format of a packed matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PackedLayout {
+    /// Output rows (logical, not padded).
+    pub rows: usize,
+    /// Input columns (K). A multiple of the group for affine formats.
+    pub cols: usize,
+    /// Element format.
+    pub format: WeightFormat,
+}
+
+impl PackedLayout {
+    /// A layout for `[rows, cols]` in `format`.
+    pub const fn new(rows: usize, cols: usize, format: WeightFormat) -> Self {
+        Self { rows, cols, format }
+    }
+
+    /// Tiles of 16 rows.
+    pub const fn tiles(&self) -> usize {
+        self.rows.div_ceil(TILE_ROWS)
+    }
+
+    /// Bytes of one tile.
+    pub const fn tile_bytes(&self) -> usize {
+        match self.format {
+            WeightFormat::F32 => self.cols * TILE_ROWS * 4,
+            WeightFormat::F16 | WeightFormat::BF16 => self.cols.div_ceil(2) * TILE_ROWS * 4,
+            WeightFormat::Affine { group, .. } => (self.cols / group as usize) * self.group_bytes(),
+        }
+    }
+
+    /// Bytes of one group block of an affine tile (lines, scales, biases); 0 for plain formats.
+    pub const fn group_bytes(&self) -> usize {
+        match self.format {
+            WeightFormat::Affine { bits, group, scales } => {
+                group as usize * TILE_ROWS * bits as usize / 8 + 2 * TILE_ROWS * scales.bytes()
+            }
+            _ => 0,
+        }
+    }
+
+    /// Bytes of the whole matrix.
+    pub const fn bytes(&self) -> usize {
+        self.tiles() * self.tile_bytes()
+    }
+
+    /// Reads element `(row, col)` out of one tile: the definition of the layout, for tests and the reference
+    /// backend. `tile` has `tile_bytes()` bytes, `row` is 0..16 within the tile.
+    pub fn element(&self, tile: &[u8], row: usize, col: usize) -> f32 {
+        match self.format {
+            WeightFormat::F32 => {
+                let at = (col * TILE_ROWS + row) * 4;
+                f32::from_le_bytes([tile[at], tile[at + 1], tile[at + 2], tile[at + 3]])
+            }
+            WeightFormat::F16 | WeightFormat::BF16 => {
+                let at = (col / 2 * TILE_ROWS + row) * 4 + col % 2 * 2;
+                let bits = u16::from_le_bytes([tile[at], tile[at + 1]]);
+                if self.format == WeightFormat::F16 {
+                    half::f16::from_bits(bits).to_f32()
+                } else {
+                    half::bf16::from_bits(bits).to_f32()
+                }
+            }
+            WeightFormat::Affine { bits, group, scales } => {
+                let (g, within) = (col / group as usize, col % group as usize);
+                let block = &tile[g * self.group_bytes()..(g + 1) * self.group_bytes()];
+                let q = if bits == 8 {
+                    block[(within / 4 * TILE_ROWS + row) * 4 + within % 4]
+                } else {
+                    let byte = block[(within / 8 * TILE_ROWS + row) * 4 + within % 4];
+                    if within % 8 < 4 { byte & 15 } else { byte >> 4 }
+                };
+                let data = group as usize * TILE_ROWS * bits as usize / 8;
+                let scale = read_scale(&block[data..], row, scales);
+                let bias = read_scale(&block[data + TILE_ROWS * scales.bytes()..], row, scales);
+                scale.mul_add(f32::from(q), bias)
+            }
+        }
+    }
+}
+
+fn read_scale(at: &[u8], row: usize, ty: ScaleType) -> f32 {
+    match ty {
+        ScaleType::F32 => {
+            let b = &at[row * 4..row * 4 + 4];
+            f32::from_le_bytes([b[0], b[1], b[2], b[3]])
+        }
+        ScaleType::F16 => half::f16::from_le_bytes([at[row * 2], at[row * 2 + 1]]).to_f32(),
+        ScaleType::BF16 => half::bf16::from_le_bytes([at[row * 2], at[row * 2 + 1]]).to_f32(),
+    }
+}
+
+/// Gate and up projections of one feed-forward block in one stream: tile `t` of gate, then tile `t` of up,
+/// so that a kernel finishes 16 activations per pair of tiles. Both matrices are `[inner, hidden]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GateUpLayout {
+    /// Layout of either half.
+    pub half: PackedLayout,
+}
+
+impl GateUpLayout {
+    /// Bytes of both halves.
+    pub const fn bytes(&self) -> usize {
+        2 * self.half.bytes()
+    }
+}
+
+/// A packed matrix in memory, 64-byte aligned.
+#[derive(Clone)]
+pub struct PackedMatrix {
+    /// Shape and format.
+    pub layout: PackedLayout,
+    /// `layout.bytes()` bytes (twice that for a gate|up pair).
+    pub data: AlignedBytes,
+}
+
+/// A 64-byte aligned cache line, the unit of [`AlignedBytes`].
+#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Heap bytes at 64-byte alignment.
+#[derive(Clone, Default)]
+pub struct AlignedBytes {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+impl AlignedBytes {
+    /// `len` zero bytes.
+    pub fn zeroed(len: usize) -> Self {
+        Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    }
+}
+
+impl std::ops::Deref for AlignedBytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+}
+
+impl std::ops::DerefMut for AlignedBytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
+}
