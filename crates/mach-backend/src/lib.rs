@@ -9,7 +9,7 @@
 pub mod reference;
 mod spec;
 
-pub use reference::Reference;
+// pub use reference::Reference;
 pub use spec::{
     Activation, AttentionSpec, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, KvSpec, KvType, Part, QkNormRope, RouterSpec, Segment,
     KV_BLOCK, MERGE_SEGMENT,
