@@ -11,8 +11,8 @@ mod spec;
 
 // pub use reference::Reference;
 pub use spec::{
-    Activation, AttentionSpec, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, KvSpec, KvType, Part, QkNormRope, RouterSpec, Segment,
-    KV_BLOCK, MERGE_SEGMENT,
+    Activation, AttentionSpec, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, KV_BLOCK, KvSpec, KvType, MERGE_SEGMENT, Part, QkNormRope, RouterSpec,
+    Segment,
 };
 
 use mach_format::{AlignedBytes, PackedLayout, PackedMatrix};

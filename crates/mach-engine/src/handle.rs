@@ -33,7 +33,14 @@ impl EngineHandle {
     /// A handle and the receiving end that an engine thread serves.
     pub fn new(info: EngineInfo) -> (Self, Receiver<Submission>) {
         let (tx, rx) = channel();
-        (Self { tx, info: Arc::new(info), stats: Arc::default() }, rx)
+        (
+            Self {
+                tx,
+                info: Arc::new(info),
+                stats: Arc::default(),
+            },
+            rx,
+        )
     }
 
     /// Static facts.
@@ -60,7 +67,10 @@ impl EngineHandle {
             return Err(SubmitError::EmptyPrompt);
         }
         if request.prompt.len() >= self.info.context {
-            return Err(SubmitError::ContextOverflow { prompt: request.prompt.len(), context: self.info.context });
+            return Err(SubmitError::ContextOverflow {
+                prompt: request.prompt.len(),
+                context: self.info.context,
+            });
         }
         if let Some(&id) = request.prompt.iter().find(|&&id| id as usize >= self.info.vocab) {
             return Err(SubmitError::TokenOutOfRange { id, vocab: self.info.vocab });
@@ -73,7 +83,12 @@ impl EngineHandle {
             Ok(())
         })?;
         let cancel = CancelToken::new();
-        let submission = Submission { request, sink, cancel: cancel.clone(), at: Instant::now() };
+        let submission = Submission {
+            request,
+            sink,
+            cancel: cancel.clone(),
+            at: Instant::now(),
+        };
         self.tx.send(submission).map_err(|_| {
             self.with_stats(|s| s.queued -= 1);
             SubmitError::Closed

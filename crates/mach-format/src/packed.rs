@@ -53,9 +53,7 @@ impl PackedLayout {
     /// Bytes of one group block of an affine tile (lines, scales, biases); 0 for plain formats.
     pub const fn group_bytes(&self) -> usize {
         match self.format {
-            WeightFormat::Affine { bits, group, scales } => {
-                group as usize * TILE_ROWS * bits as usize / 8 + 2 * TILE_ROWS * scales.bytes()
-            }
+            WeightFormat::Affine { bits, group, scales } => group as usize * TILE_ROWS * bits as usize / 8 + 2 * TILE_ROWS * scales.bytes(),
             _ => 0,
         }
     }
@@ -150,7 +148,10 @@ pub struct AlignedBytes {
 impl AlignedBytes {
     /// `len` zero bytes.
     pub fn zeroed(len: usize) -> Self {
-        Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+        Self {
+            lines: vec![Line([0; 64]); len.div_ceil(64)],
+            len,
+        }
     }
 }
 
