@@ -9,7 +9,7 @@
 pub mod reference;
 mod spec;
 
-// pub use reference::Reference;
+pub use reference::Reference;
 pub use spec::{
     Activation, AttentionSpec, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, KV_BLOCK, KvSpec, KvType, MERGE_SEGMENT, Part, QkNormRope, RouterSpec,
     Segment,
