@@ -1,7 +1,24 @@
 //! Bytes on disk: configuration, safetensors, quantised blocks, the packed layout, the expert sidecar.
 
+pub mod artifact;
+pub mod checkpoint;
+mod disk;
+pub mod error;
+pub mod fingerprint;
 pub mod format;
+pub mod matrix;
 pub mod packed;
+pub mod quant;
+mod safetensors_writer;
+pub mod sidecar;
+mod tile;
 
+pub use artifact::{BuildProgress, BuildReport, ExpertSource, LayerPlan, PackPlan, write_pack, write_sidecar};
+pub use checkpoint::{Checkpoint, Dtype, TensorInfo};
+pub use disk::free_space;
+pub use error::FormatError;
+pub use fingerprint::{Fingerprint, checksum, fingerprint};
 pub use format::{ScaleType, WeightFormat};
+pub use matrix::{Matrix, pack_f32, pack_gate_up};
 pub use packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
+pub use sidecar::{LayerExperts, RecordLayout, SIDECAR_DIR, Sidecar, SidecarWriter};

@@ -14,13 +14,15 @@
 //! An affine tile is a sequence of *group blocks* in K order: the lines of `group` columns, then 16 scales, then
 //! 16 biases, so a kernel reads one memory stream. Rows beyond `rows` and columns beyond `cols` are zero.
 
+use serde::{Deserialize, Serialize};
+
 use crate::format::{ScaleType, WeightFormat};
 
 /// Output rows of one tile.
 pub const TILE_ROWS: usize = 16;
 
 /// Shape and format of a packed matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PackedLayout {
     /// Output rows (logical, not padded).
     pub rows: usize,
@@ -34,6 +36,14 @@ impl PackedLayout {
     /// A layout for `[rows, cols]` in `format`.
     pub const fn new(rows: usize, cols: usize, format: WeightFormat) -> Self {
         Self { rows, cols, format }
+    }
+
+    /// Whether the format is one that exists and its group divides the columns: for layouts read from files.
+    pub const fn is_well_formed(&self) -> bool {
+        match self.format {
+            WeightFormat::Affine { bits, group, .. } => matches!(bits, 4 | 8) && matches!(group, 32 | 64 | 128) && self.cols.is_multiple_of(group as usize),
+            _ => true,
+        }
     }
 
     /// Tiles of 16 rows.
@@ -133,37 +143,44 @@ pub struct PackedMatrix {
     pub data: AlignedBytes,
 }
 
-/// A 64-byte aligned cache line, the unit of [`AlignedBytes`].
-#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
+/// Alignment of [`AlignedBytes`]: a cache line, a tile line, a vector register.
+const ALIGN: usize = 64;
 
-/// Heap bytes at 64-byte alignment.
-#[derive(Clone, Default)]
+/// Heap bytes at 64-byte alignment. Fresh ones are zero pages of the system that cost nothing until they are
+/// written, so large matrices are first touched by the threads that fill them.
+#[derive(Default)]
 pub struct AlignedBytes {
-    lines: Vec<Line>,
+    bytes: Vec<u8>,
+    start: usize,
     len: usize,
 }
 
 impl AlignedBytes {
     /// `len` zero bytes.
     pub fn zeroed(len: usize) -> Self {
-        Self {
-            lines: vec![Line([0; 64]); len.div_ceil(64)],
-            len,
-        }
+        let bytes = vec![0; len + ALIGN - 1];
+        let start = (bytes.as_ptr() as usize).wrapping_neg() % ALIGN;
+        Self { bytes, start, len }
+    }
+}
+
+impl Clone for AlignedBytes {
+    fn clone(&self) -> Self {
+        let mut copy = Self::zeroed(self.len);
+        copy.copy_from_slice(self);
+        copy
     }
 }
 
 impl std::ops::Deref for AlignedBytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        &self.bytes[self.start..self.start + self.len]
     }
 }
 
 impl std::ops::DerefMut for AlignedBytes {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        &mut self.bytes[self.start..self.start + self.len]
     }
 }

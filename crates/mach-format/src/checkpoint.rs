@@ -1,0 +1,328 @@
+//! Hugging Face checkpoints: `config.json`, `generation_config.json` and safetensors, sharded or single.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use indexmap::IndexMap;
+use safetensors::tensor::Metadata;
+use serde_json::Value;
+
+use crate::error::FormatError;
+
+pub use safetensors::Dtype;
+
+const INDEX: &str = "model.safetensors.index.json";
+/// Headers beyond this are refused before they are read.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// Where a tensor lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Number of the file.
+    pub file: usize,
+    /// Absolute position in the file.
+    pub offset: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+/// The open weight files of a checkpoint, shared by every [`Matrix`](crate::Matrix) of it.
+pub(crate) struct Files {
+    pub(crate) open: Vec<(PathBuf, File)>,
+}
+
+impl Files {
+    pub(crate) fn read(&self, file: usize, offset: u64, out: &mut [u8]) -> Result<(), FormatError> {
+        let (path, file) = &self.open[file];
+        file.read_exact_at(out, offset).map_err(FormatError::io("read", path))
+    }
+}
+
+/// A checkpoint directory with its weight files open. Tensors are read on demand, nothing is mapped.
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: Value,
+    generation: Option<Value>,
+    tensors: IndexMap<String, TensorInfo>,
+    pub(crate) files: Arc<Files>,
+}
+
+impl Checkpoint {
+    /// Reads the configuration and the headers of all weight files. Shards are those that the index names; without
+    /// an index there must be exactly one `*.safetensors` file.
+    ///
+    /// # Errors
+    /// A missing or malformed `config.json`, a missing shard, an index that does not fit its shards, a file whose
+    /// length or header is wrong.
+    pub fn open(dir: &Path) -> Result<Self, FormatError> {
+        let config_path = dir.join("config.json");
+        if !config_path.is_file() {
+            return Err(FormatError::NotACheckpoint { path: config_path });
+        }
+        let config = read_json(&config_path)?;
+        let generation_path = dir.join("generation_config.json");
+        let generation = generation_path.is_file().then(|| read_json(&generation_path)).transpose()?;
+        let index_path = dir.join(INDEX);
+        let (shards, weight_map) = if index_path.is_file() {
+            read_index(&index_path)?
+        } else {
+            (vec![single_file(dir)?], IndexMap::new())
+        };
+
+        let mut tensors = IndexMap::new();
+        let mut open = Vec::with_capacity(shards.len());
+        for (number, shard) in shards.iter().enumerate() {
+            let path = dir.join(shard);
+            let file = File::open(&path).map_err(|e| match e.kind() {
+                std::io::ErrorKind::NotFound if !weight_map.is_empty() => FormatError::MissingShard {
+                    path: path.clone(),
+                    index: index_path.clone(),
+                },
+                _ => FormatError::io("open", &path)(e),
+            })?;
+            for (name, info) in read_header(&path, &file, number)? {
+                // The index decides where a name that stands in two shards is read from.
+                if weight_map.get(&name).is_none_or(|home| home == shard) {
+                    tensors.entry(name).or_insert(info);
+                }
+            }
+            open.push((path, file));
+        }
+        for (name, shard) in &weight_map {
+            if tensors.get(name).is_none_or(|t| &shards[t.file] != shard) {
+                return Err(FormatError::IndexMismatch {
+                    index: index_path,
+                    tensor: name.clone(),
+                    shard: dir.join(shard),
+                });
+            }
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+            config,
+            generation,
+            tensors,
+            files: Arc::new(Files { open }),
+        })
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// `config.json`.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// The part of the configuration that describes the language model: nested `text_config`, or the whole.
+    pub fn text_config(&self) -> &Value {
+        self.config.get("text_config").filter(|t| t.is_object()).unwrap_or(&self.config)
+    }
+
+    /// `generation_config.json`.
+    pub fn generation(&self) -> Option<&Value> {
+        self.generation.as_ref()
+    }
+
+    /// `model_type` of the top level.
+    pub fn model_type(&self) -> Option<&str> {
+        self.config.get("model_type")?.as_str()
+    }
+
+    /// A tensor by its full name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// All tensors in the order of their files.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
+        self.tensors.iter().map(|(name, info)| (name.as_str(), info))
+    }
+
+    /// Bytes of all tensors.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|t| t.bytes).sum()
+    }
+
+    /// The weight files.
+    pub fn weight_files(&self) -> impl Iterator<Item = &Path> {
+        self.files.open.iter().map(|(path, _)| path.as_path())
+    }
+
+    /// A tensor or the error that names it.
+    ///
+    /// # Errors
+    /// [`FormatError::MissingTensor`].
+    pub fn require(&self, name: &str) -> Result<&TensorInfo, FormatError> {
+        self.tensors.get(name).ok_or_else(|| FormatError::MissingTensor {
+            dir: self.dir.clone(),
+            tensor: name.to_owned(),
+        })
+    }
+
+    /// The bytes of a tensor as they lie.
+    ///
+    /// # Errors
+    /// A missing tensor, a read error.
+    pub fn read_bytes(&self, name: &str) -> Result<Vec<u8>, FormatError> {
+        let info = self.require(name)?;
+        let mut bytes = vec![0; info.bytes as usize];
+        self.files.read(info.file, info.offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// An F32, F16 or BF16 tensor of any shape, widened.
+    ///
+    /// # Errors
+    /// A missing tensor, another element type, a read error.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>, FormatError> {
+        let ty = PlainType::of(name, self.require(name)?.dtype)?;
+        let bytes = self.read_bytes(name)?;
+        let mut out = vec![0.0; bytes.len() / ty.bytes()];
+        ty.widen(&bytes, &mut out);
+        Ok(out)
+    }
+}
+
+/// Element types that are widened to f32 exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PlainType {
+    F32,
+    F16,
+    BF16,
+}
+
+impl PlainType {
+    pub(crate) fn of(tensor: &str, dtype: Dtype) -> Result<Self, FormatError> {
+        match dtype {
+            Dtype::F32 => Ok(Self::F32),
+            Dtype::F16 => Ok(Self::F16),
+            Dtype::BF16 => Ok(Self::BF16),
+            other => Err(FormatError::Dtype {
+                tensor: tensor.to_owned(),
+                expected: "F32, F16 or BF16",
+                got: format!("{other:?}"),
+            }),
+        }
+    }
+
+    pub(crate) const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+
+    /// Widens little-endian `bytes` into `out`, as many as both have.
+    pub(crate) fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Self::F32 => bytes.as_chunks().0.iter().zip(out).for_each(|(b, o)| *o = f32::from_le_bytes(*b)),
+            Self::F16 => bytes.as_chunks().0.iter().zip(out).for_each(|(b, o)| *o = f16::from_le_bytes(*b).to_f32()),
+            Self::BF16 => bytes.as_chunks().0.iter().zip(out).for_each(|(b, o)| *o = bf16::from_le_bytes(*b).to_f32()),
+        }
+    }
+}
+
+fn read_json(path: &Path) -> Result<Value, FormatError> {
+    let text = fs::read(path).map_err(FormatError::io("read", path))?;
+    let value: Value = serde_json::from_slice(&text).map_err(|e| json_error(path, e.to_string()))?;
+    if value.is_object() {
+        Ok(value)
+    } else {
+        Err(json_error(path, "not an object".to_owned()))
+    }
+}
+
+fn json_error(path: &Path, reason: String) -> FormatError {
+    FormatError::Json { path: path.to_owned(), reason }
+}
+
+/// Shard names in order and the shard of every tensor.
+fn read_index(path: &Path) -> Result<(Vec<String>, IndexMap<String, String>), FormatError> {
+    let index = read_json(path)?;
+    let map = index.get("weight_map").and_then(Value::as_object).filter(|m| !m.is_empty());
+    let map = map.ok_or_else(|| json_error(path, "no weight_map".to_owned()))?;
+    let mut weight_map = IndexMap::with_capacity(map.len());
+    for (tensor, shard) in map {
+        let shard = shard.as_str().filter(|s| Path::new(s).file_name().is_some_and(|f| f == *s));
+        let shard = shard.ok_or_else(|| json_error(path, format!("the shard of {tensor} is not a plain file name")))?;
+        weight_map.insert(tensor.clone(), shard.to_owned());
+    }
+    let mut shards: Vec<String> = weight_map.values().cloned().collect();
+    shards.sort_unstable();
+    shards.dedup();
+    Ok((shards, weight_map))
+}
+
+/// The only `*.safetensors` file of a directory without an index.
+fn single_file(dir: &Path) -> Result<String, FormatError> {
+    if dir.join("model.safetensors").is_file() {
+        return Ok("model.safetensors".to_owned());
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(FormatError::io("list", dir))? {
+        let name = entry.map_err(FormatError::io("list", dir))?.file_name();
+        if let Some(name) = name.to_str().filter(|n| n.ends_with(".safetensors")) {
+            found.push(name.to_owned());
+        }
+    }
+    match found.len() {
+        1 => Ok(found.remove(0)),
+        n => Err(FormatError::NoWeights { dir: dir.to_owned(), found: n }),
+    }
+}
+
+/// Parses and validates a safetensors header against the length of its file.
+fn read_header(path: &Path, file: &File, number: usize) -> Result<Vec<(String, TensorInfo)>, FormatError> {
+    let header_error = |reason: String| FormatError::Header { path: path.to_owned(), reason };
+    let truncated = |expected, got| FormatError::Truncated {
+        path: path.to_owned(),
+        expected,
+        got,
+    };
+    let length = file.metadata().map_err(FormatError::io("examine", path))?.len();
+    let mut prefix = [0; 8];
+    if length < 8 {
+        return Err(truncated(8, length));
+    }
+    file.read_exact_at(&mut prefix, 0).map_err(FormatError::io("read", path))?;
+    let header_len = u64::from_le_bytes(prefix);
+    if &prefix == b"version " {
+        return Err(header_error("it is a Git LFS pointer, not the weights: fetch the real file".to_owned()));
+    }
+    if header_len > MAX_HEADER {
+        return Err(header_error(format!("its length is given as {header_len} bytes")));
+    }
+    if 8 + header_len > length {
+        return Err(truncated(8 + header_len, length));
+    }
+    let mut header = vec![0; header_len as usize];
+    file.read_exact_at(&mut header, 8).map_err(FormatError::io("read", path))?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| header_error(e.to_string()))?;
+    let expected = 8 + header_len + metadata.data_len() as u64;
+    if expected != length {
+        return Err(truncated(expected, length));
+    }
+    let tensor = |name: String| {
+        let t = metadata.info(&name)?;
+        let (start, end) = t.data_offsets;
+        let info = TensorInfo {
+            dtype: t.dtype,
+            shape: t.shape.clone(),
+            file: number,
+            offset: 8 + header_len + start as u64,
+            bytes: (end - start) as u64,
+        };
+        Some((name, info))
+    };
+    Ok(metadata.offset_keys().into_iter().filter_map(tensor).collect())
+}

@@ -1,0 +1,3 @@
+//! Quantised block formats, one file each.
+
+pub mod affine;

@@ -1,0 +1,89 @@
+//! Rows as they lie in a checkpoint → tiles of the packed layout.
+
+use crate::format::WeightFormat;
+use crate::packed::{PackedLayout, TILE_ROWS};
+
+/// One 64-byte line: a 4-byte word of each of 16 rows.
+const LINE: usize = TILE_ROWS * 4;
+
+/// Up to 16 consecutive rows in row-major order, as a checkpoint stores them. `scales` and `biases` are empty for
+/// plain formats; affine data is MLX's: little-endian u32 words, element `t` at bits `t·bits`.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) data: &'a [u8],
+    pub(crate) scales: &'a [u8],
+    pub(crate) biases: &'a [u8],
+}
+
+/// Bytes of one row in a checkpoint: data, and scales (biases take the same).
+pub(crate) const fn row_bytes(layout: &PackedLayout) -> (usize, usize) {
+    match layout.format {
+        WeightFormat::F32 => (layout.cols * 4, 0),
+        WeightFormat::F16 | WeightFormat::BF16 => (layout.cols * 2, 0),
+        WeightFormat::Affine { bits, group, scales } => (layout.cols * bits as usize / 8, layout.cols / group as usize * scales.bytes()),
+    }
+}
+
+/// Writes one tile. `rows.data` holds 1 to 16 whole rows; the rest of the tile becomes zero.
+pub(crate) fn pack_tile(layout: &PackedLayout, rows: Rows<'_>, tile: &mut [u8]) {
+    let (data_row, scale_row) = row_bytes(layout);
+    let count = rows.data.len() / data_row;
+    if count < TILE_ROWS {
+        tile.fill(0);
+    }
+    match layout.format {
+        WeightFormat::F32 => interleave(rows.data, data_row, 0, data_row, tile, |w| w),
+        WeightFormat::F16 | WeightFormat::BF16 => {
+            let whole = data_row / 4 * 4;
+            interleave(rows.data, data_row, 0, whole, tile, |w| w);
+            if whole < data_row {
+                // An odd number of columns: the second half of the last word is zero.
+                for (row, word) in rows.data.chunks_exact(data_row).zip(tile[whole * TILE_ROWS..].chunks_exact_mut(4)) {
+                    word.copy_from_slice(&[row[whole], row[whole + 1], 0, 0]);
+                }
+            }
+        }
+        WeightFormat::Affine { bits, group, scales } => {
+            let per_group = group as usize * bits as usize / 8;
+            let width = scales.bytes();
+            for (g, block) in tile.chunks_exact_mut(layout.group_bytes()).enumerate() {
+                let (lines, rest) = block.split_at_mut(per_group * TILE_ROWS);
+                match bits {
+                    8 => interleave(rows.data, data_row, g * per_group, per_group, lines, |w| w),
+                    _ => interleave(rows.data, data_row, g * per_group, per_group, lines, split_nibbles),
+                }
+                let (to_scales, to_biases) = rest.split_at_mut(TILE_ROWS * width);
+                for (from, to) in [(rows.scales, to_scales), (rows.biases, to_biases)] {
+                    for (row, out) in from.chunks_exact(scale_row).zip(to.chunks_exact_mut(width)) {
+                        out.copy_from_slice(&row[g * width..][..width]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// MLX's word of eight nibbles (element `t` at bits `4t`) → byte `j` with element `j` low and `j + 4` high.
+fn split_nibbles(word: u32) -> u32 {
+    let spread = |half: u32| {
+        let x = (half | half << 8) & 0x00ff_00ff;
+        (x | x << 4) & 0x0f0f_0f0f
+    };
+    spread(word & 0xffff) | spread(word >> 16) << 4
+}
+
+/// Transposes `bytes` bytes from `at` on of every row in 4-byte words: word `w` of row `r` becomes word `r` of line
+/// `w`. One source line of a row is consumed whole before the next row, because rows often lie a power of two apart.
+fn interleave(src: &[u8], row_bytes: usize, at: usize, bytes: usize, lines: &mut [u8], map: impl Fn(u32) -> u32) {
+    const BLOCK: usize = 16;
+    let lines = lines.as_chunks_mut::<LINE>().0;
+    for (block, lines) in lines[..bytes / 4].chunks_mut(BLOCK).enumerate() {
+        let start = at + block * BLOCK * 4;
+        for (r, row) in src.chunks_exact(row_bytes).enumerate().take(TILE_ROWS) {
+            let words = row[start..start + lines.len() * 4].as_chunks::<4>().0;
+            for (line, word) in lines.iter_mut().zip(words) {
+                line.as_chunks_mut::<4>().0[r] = map(u32::from_le_bytes(*word)).to_le_bytes();
+            }
+        }
+    }
+}
