@@ -58,6 +58,8 @@ pub trait Backend: Send + Sync + 'static {
 
     /// A zeroed `[rows, cols]` tensor.
     fn tensor(&self, rows: usize, cols: usize) -> Self::Tensor;
+    /// Gives a scratch tensor another shape within the allocation it was made with; its content becomes undefined.
+    fn reshape(&self, t: &mut Self::Tensor, rows: usize, cols: usize);
     /// Writes whole rows from `row` on. `data.len()` is a multiple of the tensor's columns.
     fn upload(&self, t: &mut Self::Tensor, row: usize, data: &[f32]);
     /// Reads whole rows from `row` on into `out`.

@@ -223,6 +223,11 @@ impl Backend for Reference {
         }
     }
 
+    fn reshape(&self, t: &mut Tensor, rows: usize, cols: usize) {
+        assert!(rows * cols <= t.data.len(), "{rows} x {cols} exceeds the allocation");
+        t.cols = cols;
+    }
+
     fn upload(&self, t: &mut Tensor, row: usize, data: &[f32]) {
         t.data[row * t.cols..][..data.len()].copy_from_slice(data);
     }
@@ -395,11 +400,11 @@ impl Backend for Reference {
                     let s = &mut seg.state.s[h * dk * dv..(h + 1) * dk * dv];
                     s.iter_mut().for_each(|s| *s *= decay);
                     let mut o = vec![0.0; dv];
-                    for c in 0..dv {
+                    for (c, o) in o.iter_mut().enumerate() {
                         let delta = beta * (v[c] - (0..dk).map(|i| s[i * dv + c] * k[i]).sum::<f32>());
                         for i in 0..dk {
                             s[i * dv + c] += k[i] * delta;
-                            o[c] += s[i * dv + c] * q[i];
+                            *o += s[i * dv + c] * q[i];
                         }
                     }
                     let inv = rms(&o, spec.eps);
