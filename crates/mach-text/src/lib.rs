@@ -1,1 +1,14 @@
-//! placeholder
+//! Pure functions of text: tokenizer, incremental decoding, chat templates, stop strings.
+
+mod decode;
+mod error;
+mod python;
+mod stop;
+mod template;
+mod tokenizer;
+
+pub use decode::TextDecoder;
+pub use error::TextError;
+pub use stop::{Scanned, StopMatcher};
+pub use template::ChatTemplate;
+pub use tokenizer::Tokenizer;
