@@ -408,8 +408,8 @@ impl Backend for Reference {
                         }
                     }
                     let inv = rms(&o, spec.eps);
-                    for c in 0..dv {
-                        out.row_mut(r)[h * dv + c] = w.norm.row(0)[c] * o[c] * inv * silu(z.row(r)[h * dv + c]);
+                    for (c, o) in o.iter().enumerate() {
+                        out.row_mut(r)[h * dv + c] = w.norm.row(0)[c] * o * inv * silu(z.row(r)[h * dv + c]);
                     }
                 }
             }

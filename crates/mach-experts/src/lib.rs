@@ -1,1 +1,17 @@
-//! placeholder
+//! Expert residency: which routed experts are in memory, and how the others get there.
+//!
+//! A [`ExpertStore`] owns the slots of the bank. The engine thread leases experts for one layer of one forward pass
+//! ([`ExpertStore::step`] in decode, [`ExpertStore::stream`] in prefill); reader threads fill slots; all bookkeeping
+//! happens on the engine thread, which learns of finished reads through a queue.
+
+mod bank;
+mod direct;
+mod error;
+mod readers;
+mod source;
+mod store;
+
+pub use direct::{DirectFile, ReadMode};
+pub use error::ExpertError;
+pub use source::{CheckpointSource, Key, RecordSource, SidecarSource};
+pub use store::{ExpertStats, ExpertStore, Lease, Ready, Residency, StoreOptions, floor_slots};

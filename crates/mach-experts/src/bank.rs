@@ -1,0 +1,256 @@
+//! Bookkeeping of the bank: which expert is in which slot, and which one has to go.
+//!
+//! One global pool of equal slots with decayed LFU: a use at step `t` makes the score `f·2^(−(t−last)/16) + 1`. Kept as
+//! `log2(f) + last/16`, scores of different ages compare directly, so nothing has to be decayed.
+
+use crate::source::Key;
+
+/// Steps after which a use counts half.
+const HALF_LIFE: f32 = 16.0;
+/// Candidates looked at per eviction.
+const SAMPLE: usize = 64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    Free,
+    /// Being read.
+    Loading,
+    Ready,
+    /// Given back to the system.
+    Retired,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    state: State,
+    key: Key,
+    pins: u32,
+    /// `log2(frequency) + last use / HALF_LIFE`.
+    score: f32,
+}
+
+const NO_KEY: Key = Key { layer: usize::MAX, expert: usize::MAX };
+
+/// Slots and the table from expert to slot.
+pub(crate) struct Bank {
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    table: Vec<u32>,
+    experts: usize,
+    per_layer: Vec<usize>,
+    /// Slots of a layer that evictions for other layers leave alone.
+    layer_floor: usize,
+    rng: u64,
+    pub step: u64,
+    pub evictions: u64,
+}
+
+const ABSENT: u32 = u32::MAX;
+
+impl Bank {
+    /// A bank over slots `0..slots` for `layers × experts` experts.
+    pub fn new(slots: usize, layers: usize, experts: usize, top_k: usize) -> Self {
+        Self {
+            slots: vec![Slot { state: State::Free, key: NO_KEY, pins: 0, score: 0.0 }; slots],
+            free: (0..slots).rev().collect(),
+            table: vec![ABSENT; layers * experts],
+            experts,
+            per_layer: vec![0; layers],
+            layer_floor: (top_k + 2).min(slots / layers.max(1)),
+            rng: 0x9E37_79B9_7F4A_7C15,
+            step: 0,
+            evictions: 0,
+        }
+    }
+
+    /// All slots, retired ones too.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub fn set_state(&mut self, slot: usize, state: State) {
+        self.slots[slot].state = state;
+    }
+
+    pub fn lookup(&self, key: Key) -> Option<usize> {
+        let at = self.table[key.layer * self.experts + key.expert];
+        (at != ABSENT).then_some(at as usize)
+    }
+
+    pub fn pin(&mut self, slot: usize) {
+        self.slots[slot].pins += 1;
+    }
+
+    pub fn unpin(&mut self, slot: usize) {
+        debug_assert!(self.slots[slot].pins > 0, "slot {slot} is not pinned");
+        self.slots[slot].pins -= 1;
+    }
+
+    /// Counts a use at the current step.
+    pub fn touch(&mut self, slot: usize) {
+        let now = self.step as f32 / HALF_LIFE;
+        let s = &mut self.slots[slot];
+        s.score = ((s.score - now).exp2() + 1.0).log2() + now;
+    }
+
+    pub fn has_free(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// A slot for `key`, evicting the least valuable unpinned expert if none is free. It comes back `Loading`, pinned
+    /// once. `None` when every slot is pinned.
+    pub fn admit(&mut self, key: Key) -> Option<usize> {
+        let slot = match self.free.pop() {
+            Some(slot) => slot,
+            None => {
+                let slot = self.victim()?;
+                self.evict(slot);
+                self.evictions += 1;
+                slot
+            }
+        };
+        self.slots[slot] = Slot { state: State::Loading, key, pins: 1, score: self.step as f32 / HALF_LIFE };
+        self.table[key.layer * self.experts + key.expert] = slot as u32;
+        self.per_layer[key.layer] += 1;
+        Some(slot)
+    }
+
+    /// Forgets what a slot holds (a failed read) and makes it free.
+    pub fn discard(&mut self, slot: usize) {
+        self.evict(slot);
+        self.slots[slot].pins = 0;
+        self.slots[slot].state = State::Free;
+        self.free.push(slot);
+    }
+
+    /// Takes a slot out of service; `None` when all are pinned.
+    pub fn retire(&mut self) -> Option<usize> {
+        let slot = match self.free.pop() {
+            Some(slot) => slot,
+            None => {
+                let slot = self.victim()?;
+                self.evict(slot);
+                slot
+            }
+        };
+        self.slots[slot].state = State::Retired;
+        Some(slot)
+    }
+
+    /// Slots in service.
+    pub fn in_service(&self) -> usize {
+        self.slots.iter().filter(|s| s.state != State::Retired).count()
+    }
+
+    fn evict(&mut self, slot: usize) {
+        let key = self.slots[slot].key;
+        if key != NO_KEY {
+            self.table[key.layer * self.experts + key.expert] = ABSENT;
+            self.per_layer[key.layer] -= 1;
+            self.slots[slot].key = NO_KEY;
+        }
+    }
+
+    fn victim(&mut self) -> Option<usize> {
+        let n = self.slots.len();
+        // A random sample of a large bank; all slots of a small one, or should the whole sample be pinned.
+        let sampled = if n > SAMPLE {
+            let sample: [usize; SAMPLE] = std::array::from_fn(|_| (self.random() % n as u64) as usize);
+            self.least_of(sample.into_iter(), true)
+        } else {
+            None
+        };
+        sampled.or_else(|| self.least_of(0..n, true)).or_else(|| self.least_of(0..n, false))
+    }
+
+    /// xorshift64: the choice only moves time, never results.
+    fn random(&mut self) -> u64 {
+        self.rng ^= self.rng << 13;
+        self.rng ^= self.rng >> 7;
+        self.rng ^= self.rng << 17;
+        self.rng
+    }
+
+    fn least_of(&self, candidates: impl Iterator<Item = usize>, keep_layer_floor: bool) -> Option<usize> {
+        candidates
+            .filter(|&i| {
+                let s = &self.slots[i];
+                s.state == State::Ready && s.pins == 0 && (!keep_layer_floor || self.per_layer[s.key.layer] > self.layer_floor)
+            })
+            .min_by(|&a, &b| self.slots[a].score.total_cmp(&self.slots[b].score))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(layer: usize, expert: usize) -> Key {
+        Key { layer, expert }
+    }
+
+    fn ready(bank: &mut Bank, k: Key) -> usize {
+        let slot = bank.admit(k).expect("a slot");
+        bank.set_state(slot, State::Ready);
+        bank.touch(slot);
+        bank.unpin(slot);
+        slot
+    }
+
+    /// Protects the policy: frequent experts outlive recent ones until their uses have decayed.
+    #[test]
+    fn least_frequently_used_goes_first_and_uses_decay() {
+        let mut bank = Bank::new(2, 1, 8, 0);
+        bank.layer_floor = 0;
+        let often = ready(&mut bank, key(0, 0));
+        for _ in 0..5 {
+            bank.touch(often);
+        }
+        bank.step = 1;
+        ready(&mut bank, key(0, 1));
+        ready(&mut bank, key(0, 2));
+        assert!(bank.lookup(key(0, 0)).is_some() && bank.lookup(key(0, 1)).is_none());
+        bank.step = 200;
+        bank.touch(bank.lookup(key(0, 2)).unwrap());
+        ready(&mut bank, key(0, 3));
+        assert!(bank.lookup(key(0, 0)).is_none(), "old uses must fade");
+    }
+
+    /// Protects leases: a pinned expert is never evicted, and a full bank says so.
+    #[test]
+    fn pinned_slots_stay() {
+        let mut bank = Bank::new(2, 1, 8, 0);
+        bank.admit(key(0, 0)).unwrap();
+        bank.admit(key(0, 1)).unwrap();
+        assert_eq!(bank.admit(key(0, 2)), None);
+        let slot = bank.lookup(key(0, 1)).unwrap();
+        bank.set_state(slot, State::Ready);
+        bank.unpin(slot);
+        assert_eq!(bank.admit(key(0, 2)), Some(slot));
+        assert_eq!(bank.lookup(key(0, 1)), None);
+    }
+
+    /// Protects small layers: one busy layer cannot empty the others while it has slots of its own to give.
+    #[test]
+    fn a_layer_keeps_its_floor() {
+        let mut bank = Bank::new(8, 2, 16, 2);
+        (0..4).for_each(|e| drop(ready(&mut bank, key(1, e))));
+        (0..20).for_each(|e| {
+            bank.step += 100;
+            ready(&mut bank, key(0, e % 16));
+        });
+        assert_eq!(bank.per_layer[1], 4);
+    }
+
+    /// Protects the books: retiring and discarding keep table and counts true.
+    #[test]
+    fn retire_and_discard_forget_the_expert() {
+        let mut bank = Bank::new(3, 1, 8, 0);
+        let slot = bank.admit(key(0, 5)).unwrap();
+        bank.discard(slot);
+        assert_eq!(bank.lookup(key(0, 5)), None);
+        (0..3).for_each(|e| drop(ready(&mut bank, key(0, e))));
+        bank.retire().unwrap();
+        assert_eq!((bank.in_service(), bank.per_layer[0]), (2, 2));
+    }
+}
