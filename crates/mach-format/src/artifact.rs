@@ -423,7 +423,7 @@ fn pack_config(source: &Value, residents: &[Resident]) -> Value {
     let quantised: Vec<_> = quantised.collect();
     let count = |format| quantised.iter().filter(|(_, f)| *f == format).count();
     if old.is_none()
-        && let Some(&(_, (bits, group))) = quantised.iter().max_by_key(|(_, format)| count(*format))
+        && let Some(&(_, (bits, group))) = quantised.iter().rev().max_by_key(|(_, format)| count(*format))
     {
         quantization.insert("group_size".to_owned(), json!(group));
         quantization.insert("bits".to_owned(), json!(bits));

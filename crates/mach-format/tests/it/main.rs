@@ -1,0 +1,8 @@
+//! Tests of mach-format against files made here, byte by byte.
+
+mod checkpoint;
+mod matrix;
+mod pack;
+mod quantise;
+mod sidecar;
+mod support;

@@ -1,0 +1,197 @@
+//! Matrices on disk, and their packed form against the definition of the layout.
+
+use std::path::Path;
+
+use mach_format::{Checkpoint, Matrix, PackedLayout, TILE_ROWS, WeightFormat, pack_f32, pack_gate_up};
+use serde_json::{Value, json};
+use tempfile::tempdir;
+
+use crate::support::{Tensor, mlx, plain, rounded, tensor, weights, write};
+
+fn open(dir: &Path, config: &Value, tensors: &[Tensor]) -> Checkpoint {
+    write(dir, config, tensors);
+    Checkpoint::open(dir).unwrap()
+}
+
+/// A packed matrix read element by element.
+fn unpack(layout: &PackedLayout, tiles: &[u8], stride: usize) -> Vec<f32> {
+    let at = |row: usize, col: usize| layout.element(&tiles[row / TILE_ROWS * stride..][..layout.tile_bytes()], row % TILE_ROWS, col);
+    (0..layout.rows)
+        .flat_map(|r| (0..layout.cols).map(move |c| (r, c)))
+        .map(|(r, c)| at(r, c))
+        .collect()
+}
+
+fn check(m: &Matrix, expected: &[f32]) {
+    assert_eq!(m.to_f32().unwrap(), expected, "to_f32 of {}", m.name());
+    let packed = m.pack().unwrap();
+    assert_eq!(
+        unpack(&packed.layout, &packed.data, packed.layout.tile_bytes()),
+        expected,
+        "pack of {}",
+        m.name()
+    );
+    let mut row = vec![0.0; m.cols()];
+    let last = m.rows() - 1;
+    m.row_f32(last, &mut row).unwrap();
+    assert_eq!(row, expected[last * m.cols()..]);
+    // Padding rows are zero.
+    let layout = packed.layout;
+    let tile = &packed.data[(layout.tiles() - 1) * layout.tile_bytes()..];
+    for r in layout.rows % TILE_ROWS..if layout.rows.is_multiple_of(TILE_ROWS) { 0 } else { TILE_ROWS } {
+        assert!((0..layout.cols).all(|c| layout.element(tile, r, c) == 0.0));
+    }
+    // Packing over old bytes gives the same.
+    let mut dirty = vec![0xff; layout.bytes()];
+    m.pack_into(&mut dirty, layout.tile_bytes()).unwrap();
+    assert_eq!(dirty, packed.data[..]);
+}
+
+#[test]
+fn plain_weights_pack_exactly() {
+    // More rows than one read takes, partial tiles, odd columns.
+    for (rows, cols) in [(1, 1), (16, 2), (37, 7), (40, 64), (530, 1030)] {
+        for dtype in ["F32", "F16", "BF16"] {
+            let dir = tempdir().unwrap();
+            let values = weights(rows * cols, 7);
+            let ck = open(dir.path(), &json!({}), &[plain("m.weight", dtype, &[rows, cols], &values)]);
+            let m = ck.matrix("m").unwrap();
+            assert_eq!((m.rows(), m.cols(), m.leading()), (rows, cols, None));
+            assert_eq!(m.bytes(), ck.total_bytes());
+            check(&m, &rounded(dtype, &values));
+        }
+    }
+}
+
+/// Levels, scales and biases of a random affine weight and its values by the definition `fma(scale, q, bias)`.
+fn affine(n: usize, bits: u32, group: usize, ty: &str) -> (Vec<u8>, Vec<f32>, Vec<f32>, Vec<f32>) {
+    let q: Vec<u8> = weights(n, 3).iter().map(|x| ((x.abs() * 1e6) as u32 % (1 << bits)) as u8).collect();
+    // MLX writes scales of both signs.
+    let (scales, biases) = (rounded(ty, &weights(n / group, 4)), rounded(ty, &weights(n / group, 5)));
+    let values = q
+        .iter()
+        .enumerate()
+        .map(|(i, q)| scales[i / group].mul_add(f32::from(*q), biases[i / group]))
+        .collect();
+    (q, scales, biases, values)
+}
+
+#[test]
+fn mlx_affine_weights_pack_exactly() {
+    for bits in [4, 8] {
+        for group in [32, 64, 128] {
+            for ty in ["F16", "BF16", "F32"] {
+                let (rows, cols) = (21, 256);
+                let (q, scales, biases, values) = affine(rows * cols, bits, group, ty);
+                let dir = tempdir().unwrap();
+                let config = json!({ "quantization": { "bits": bits, "group_size": group } });
+                let ck = open(dir.path(), &config, &mlx("m", &[rows, cols], bits as usize, &q, &scales, &biases, ty));
+                let m = ck.matrix("m").unwrap();
+                assert_eq!(m.bytes(), ck.total_bytes());
+                check(&m, &values);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_override_by_path_beats_the_general_entry() {
+    let (q, scales, biases, values) = affine(16 * 128, 8, 64, "F32");
+    let dir = tempdir().unwrap();
+    let tensors = mlx("model.gate", &[16, 128], 8, &q, &scales, &biases, "F32");
+    let entry = |own: Value| json!({ "quantization": { "bits": 4, "group_size": 64, "mode": "affine", "model.gate": own } });
+    let open = |config: &Value| {
+        write(dir.path(), config, &[]);
+        std::fs::write(dir.path().join("model.safetensors"), crate::support::safetensors(&tensors)).unwrap();
+        Checkpoint::open(dir.path()).unwrap().matrix("model.gate")
+    };
+    check(&open(&entry(json!({ "bits": 8, "group_size": 64 }))).unwrap(), &values);
+    let code = |config: &Value| open(config).err().map(|e| e.code());
+    assert_eq!(code(&json!({})), Some("quantisation-mismatch"), "no quantization at all");
+    assert_eq!(code(&entry(json!(false))), Some("quantisation-mismatch"));
+    assert_eq!(code(&entry(json!(true))), Some("quantisation-mismatch"), "8-bit data, 4 bits by the config");
+    assert_eq!(code(&entry(json!({ "bits": 6 }))), Some("unsupported-quantisation"));
+    assert_eq!(code(&entry(json!({ "bits": 8, "group_size": 16 }))), Some("unsupported-quantisation"));
+    assert_eq!(code(&entry(json!({ "bits": 8, "mode": "mxfp8" }))), Some("unsupported-quantisation"));
+}
+
+#[test]
+fn scales_must_fit_their_words() {
+    let (q, scales, biases, _) = affine(16 * 128, 4, 64, "F32");
+    let config = json!({ "quantization": { "bits": 4, "group_size": 64 } });
+    let code = |change: &dyn Fn(&mut Vec<Tensor>)| {
+        let dir = tempdir().unwrap();
+        let mut tensors = Vec::from(mlx("m", &[16, 128], 4, &q, &scales, &biases, "F32"));
+        change(&mut tensors);
+        open(dir.path(), &config, &tensors).matrix("m").err().map(|e| e.code())
+    };
+    assert_eq!(code(&|_| ()), None);
+    assert_eq!(code(&|t| drop(t.pop())), Some("missing-tensor"));
+    assert_eq!(code(&|t| drop(t.remove(1))), Some("missing-tensor"));
+    assert_eq!(code(&|t| t[1].shape = vec![8, 4]), Some("wrong-shape"));
+    assert_eq!(code(&|t| (t[1].shape, t[2].shape) = (vec![8, 4], vec![8, 4])), Some("wrong-shape"));
+    assert_eq!(
+        code(&|t| t[0] = tensor("m.weight", "U32", &[16, 8], vec![0; 512])),
+        Some("quantisation-mismatch")
+    );
+    assert_eq!(
+        code(&|t| t[1] = tensor("m.scales", "U8", &[16, 2], vec![0; 32])),
+        Some("unsupported-quantisation")
+    );
+}
+
+#[test]
+fn fused_and_separate_experts_pack_equally() {
+    let (experts, inner, hidden) = (3, 24, 64);
+    let values = weights(experts * 2 * inner * hidden, 9);
+    let one = |e: usize, half: usize| &values[(2 * e + half) * inner * hidden..][..inner * hidden];
+    let mut tensors = vec![plain("experts.gate_up_proj", "BF16", &[experts, 2 * inner, hidden], &values)];
+    for e in 0..experts {
+        for (half, name) in ["gate", "up"].iter().enumerate() {
+            tensors.push(plain(&format!("experts.{e}.{name}.weight"), "BF16", &[inner, hidden], one(e, half)));
+        }
+    }
+    let dir = tempdir().unwrap();
+    let ck = open(dir.path(), &json!({}), &tensors);
+    let fused = ck.matrix("experts.gate_up_proj").unwrap();
+    assert_eq!(fused.leading(), Some(experts));
+    assert_eq!(fused.to_f32().unwrap(), rounded("BF16", &values));
+    for e in 0..experts {
+        let (gate, up) = (ck.matrix(&format!("experts.{e}.gate")).unwrap(), ck.matrix(&format!("experts.{e}.up")).unwrap());
+        let separate = pack_gate_up(&gate, &up).unwrap();
+        let both = fused.expert(e);
+        let halves = (both.rows_range(0..inner), both.rows_range(inner..2 * inner));
+        assert!(pack_gate_up(&halves.0, &halves.1).unwrap()[..] == separate[..]);
+        // The same through the reader threads' way.
+        let tile = gate.layout().tile_bytes();
+        let mut slot = vec![0xee; separate.len()];
+        gate.pack_into(&mut slot, 2 * tile).unwrap();
+        up.pack_into(&mut slot[tile..], 2 * tile).unwrap();
+        assert!(slot == separate[..]);
+        assert_eq!(unpack(&gate.layout(), &slot, 2 * tile), rounded("BF16", one(e, 0)));
+        assert_eq!(unpack(&up.layout(), &slot[tile..], 2 * tile), rounded("BF16", one(e, 1)));
+        assert_eq!(gate.pack_into(&mut slot[..100], 2 * tile).unwrap_err().code(), "wrong-buffer");
+    }
+}
+
+#[test]
+fn stacked_mlx_experts_are_sliced_with_their_scales() {
+    let (experts, rows, cols) = (4, 20, 64);
+    let (q, scales, biases, values) = affine(experts * rows * cols, 4, 32, "BF16");
+    let dir = tempdir().unwrap();
+    let config = json!({ "quantization": { "bits": 4, "group_size": 32 } });
+    let ck = open(dir.path(), &config, &mlx("switch", &[experts, rows, cols], 4, &q, &scales, &biases, "BF16"));
+    let stack = ck.matrix("switch").unwrap();
+    for e in 0..experts {
+        check(&stack.expert(e), &values[e * rows * cols..][..rows * cols]);
+    }
+    check(&stack.expert(2).rows_range(3..20), &values[(2 * rows + 3) * cols..][..17 * cols]);
+}
+
+#[test]
+fn values_in_memory_pack_as_f32() {
+    let values = weights(18 * 5, 1);
+    let packed = pack_f32(18, 5, &values);
+    assert_eq!(packed.layout.format, WeightFormat::F32);
+    assert_eq!(unpack(&packed.layout, &packed.data, packed.layout.tile_bytes()), values);
+}
