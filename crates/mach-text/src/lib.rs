@@ -11,4 +11,4 @@ pub use decode::TextDecoder;
 pub use error::TextError;
 pub use stop::{Scanned, StopMatcher};
 pub use template::ChatTemplate;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Tokenizer, read_json};

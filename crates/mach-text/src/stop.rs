@@ -1,5 +1,7 @@
 //! Stop strings in a stream of text, over any borders, never emitted.
 
+use std::sync::Arc;
+
 /// What a push found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scanned {
@@ -12,24 +14,26 @@ pub struct Scanned {
 /// Finds the first completed stop string. Text that may still become one is held back.
 ///
 /// The match that completes first wins (of those, the longest), so the result does not depend on how the text was cut into pieces.
+/// Cheap to clone: a copy is a point to come back to.
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
-    stops: Vec<Stop>,
+    stops: Arc<[Stop]>,
+    /// Bytes matched so far, per stop string.
+    matched: Vec<usize>,
     held: String,
     done: bool,
 }
 
 /// One stop string as a Knuth-Morris-Pratt automaton.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Stop {
-    bytes: Vec<u8>,
+    text: String,
     fallback: Vec<usize>,
-    matched: usize,
 }
 
 impl Stop {
     fn new(text: &str) -> Self {
-        let bytes = text.as_bytes().to_vec();
+        let bytes = text.as_bytes();
         let mut fallback = vec![0; bytes.len()];
         let mut k = 0;
         for i in 1..bytes.len() {
@@ -41,29 +45,29 @@ impl Stop {
             }
             fallback[i] = k;
         }
-        Self { bytes, fallback, matched: 0 }
+        Self {
+            text: text.to_owned(),
+            fallback,
+        }
     }
 
-    fn is_complete(&self) -> bool {
-        self.matched == self.bytes.len()
-    }
-
-    /// Takes one byte.
-    fn step(&mut self, byte: u8) {
-        while self.matched > 0 && byte != self.bytes[self.matched] {
-            self.matched = self.fallback[self.matched - 1];
+    /// Bytes matched after one more byte; `matched` is not the whole string.
+    fn step(&self, mut matched: usize, byte: u8) -> usize {
+        let bytes = self.text.as_bytes();
+        while matched > 0 && byte != bytes[matched] {
+            matched = self.fallback[matched - 1];
         }
-        if byte == self.bytes[self.matched] {
-            self.matched += 1;
-        }
+        matched + usize::from(byte == bytes[matched])
     }
 }
 
 impl StopMatcher {
     /// A matcher at the start of a text. Empty strings are left out.
     pub fn new<S: AsRef<str>>(stops: &[S]) -> Self {
+        let stops: Arc<[Stop]> = stops.iter().map(AsRef::as_ref).filter(|s| !s.is_empty()).map(Stop::new).collect();
         Self {
-            stops: stops.iter().map(|s| s.as_ref()).filter(|s| !s.is_empty()).map(Stop::new).collect(),
+            matched: vec![0; stops.len()],
+            stops,
             held: String::new(),
             done: false,
         }
@@ -74,29 +78,26 @@ impl StopMatcher {
         if self.done {
             return Scanned::default();
         }
-        if self.stops.is_empty() {
-            return Scanned {
-                text: text.to_owned(),
-                stop: None,
-            };
-        }
         let before = self.held.len();
         self.held.push_str(text);
         for (i, byte) in text.bytes().enumerate() {
-            for stop in &mut self.stops {
-                stop.step(byte);
+            let mut complete: Option<&Stop> = None;
+            for (stop, matched) in self.stops.iter().zip(&mut self.matched) {
+                *matched = stop.step(*matched, byte);
+                if *matched == stop.text.len() && complete.is_none_or(|c| c.text.len() < stop.text.len()) {
+                    complete = Some(stop);
+                }
             }
-            if let Some(stop) = self.stops.iter().filter(|s| s.is_complete()).max_by_key(|s| s.bytes.len()) {
-                let stop = String::from_utf8_lossy(&stop.bytes).into_owned();
-                self.held.truncate(before + i + 1 - stop.len());
+            if let Some(stop) = complete {
+                self.held.truncate(before + i + 1 - stop.text.len());
                 self.done = true;
                 return Scanned {
                     text: std::mem::take(&mut self.held),
-                    stop: Some(stop),
+                    stop: Some(stop.text.clone()),
                 };
             }
         }
-        let keep = self.stops.iter().map(|s| s.matched).max().unwrap_or(0);
+        let keep = self.matched.iter().copied().max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
         Scanned {
             text: std::mem::replace(&mut self.held, rest),

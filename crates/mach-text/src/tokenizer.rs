@@ -120,7 +120,10 @@ impl Tokenizer {
 }
 
 /// Reads a JSON file; `None` when it does not exist.
-pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, TextError> {
+///
+/// # Errors
+/// [`TextError::Read`], [`TextError::Invalid`].
+pub fn read_json(path: &Path) -> Result<Option<Value>, TextError> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
