@@ -65,22 +65,24 @@ struct Fit {
     error: f32,
 }
 
-fn level(x: f32, scale: f32, bias: f32, top: f32) -> f32 {
-    if scale == 0.0 {
-        0.0
-    } else {
-        ((x - bias) / scale).round_ties_even().clamp(0.0, top)
-    }
+/// Level of a value, `round((x − bias) / scale)` with ties to even. Adding and taking away 1.5·2²³ rounds a small
+/// number without a call, so that loops over it become vector instructions.
+fn level(x: f32, inverse: f32, bias: f32, top: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    (((x - bias) * inverse).max(0.0).min(top) + ROUND) - ROUND
+}
+
+fn inverse(scale: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 
 /// Squared error of a group under rounded parameters.
 fn fit(values: &[f32], scale: f32, bias: f32, top: f32) -> Fit {
-    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    let inverse = inverse(scale);
     let mut sums = [0.0f32; 8];
-    for chunk in values.chunks(8) {
+    for chunk in values.as_chunks::<8>().0 {
         for (sum, &x) in sums.iter_mut().zip(chunk) {
-            let q = ((x - bias) * inverse).round_ties_even().clamp(0.0, top);
-            let e = x - (scale * q + bias);
+            let e = x - (scale * level(x, inverse, bias, top) + bias);
             *sum += e * e;
         }
     }
@@ -91,10 +93,22 @@ fn fit(values: &[f32], scale: f32, bias: f32, top: f32) -> Fit {
     }
 }
 
+/// Smallest and largest value of a group (a multiple of 8 values).
+fn range(values: &[f32]) -> (f32, f32) {
+    let (mut lo, mut hi) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
+    for chunk in values.as_chunks::<8>().0 {
+        for ((lo, hi), &x) in lo.iter_mut().zip(&mut hi).zip(chunk) {
+            *lo = if x < *lo { x } else { *lo };
+            *hi = if x > *hi { x } else { *hi };
+        }
+    }
+    (lo.into_iter().fold(f32::INFINITY, f32::min), hi.into_iter().fold(f32::NEG_INFINITY, f32::max))
+}
+
 /// Scale and bias for one group, already rounded to `ty`: the whole range, and for 4 bits a few smaller ones, the
 /// one with the least squared error.
 fn choose(values: &[f32], bits: u8, ty: ScaleType) -> (f32, f32) {
-    let (lo, hi) = values.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(lo, hi), &x| (lo.min(x), hi.max(x)));
+    let (lo, hi) = range(values);
     let top = f32::from((1u16 << bits) - 1);
     let candidate = |shrink: f32| {
         // Halves first: the range of two finite values may not be finite.
@@ -120,7 +134,9 @@ fn choose(values: &[f32], bits: u8, ty: ScaleType) -> (f32, f32) {
 /// # Errors
 /// Values that are not finite or groups beyond the range of `ty`.
 pub fn quantise_row(row: &[f32], bits: u8, group: usize, ty: ScaleType, data: &mut [u8], scales: &mut [u8], biases: &mut [u8]) -> Result<(), QuantiseError> {
-    if let Some(col) = row.iter().position(|x| !x.is_finite()) {
+    // One pass without an exit is vector code; the column is looked for only when there is one.
+    if !row.iter().fold(true, |all, x| all & x.is_finite()) {
+        let col = row.iter().position(|x| !x.is_finite()).unwrap_or_default();
         return Err(QuantiseError::NotFinite { col });
     }
     let top = f32::from((1u16 << bits) - 1);
@@ -135,14 +151,13 @@ pub fn quantise_row(row: &[f32], bits: u8, group: usize, ty: ScaleType, data: &m
         }
         put(ty, scale, scale_at);
         put(ty, bias, bias_at);
+        let inverse = inverse(scale);
+        let level = |x: f32| level(x, inverse, bias, top) as u8;
         if bits == 8 {
-            for (byte, &x) in data.iter_mut().zip(values) {
-                *byte = level(x, scale, bias, top) as u8;
-            }
+            data.iter_mut().zip(values).for_each(|(byte, &x)| *byte = level(x));
         } else {
-            for (byte, pair) in data.iter_mut().zip(values.as_chunks::<2>().0) {
-                *byte = level(pair[0], scale, bias, top) as u8 | (level(pair[1], scale, bias, top) as u8) << 4;
-            }
+            let pairs = values.as_chunks::<2>().0;
+            data.iter_mut().zip(pairs).for_each(|(byte, pair)| *byte = level(pair[0]) | level(pair[1]) << 4);
         }
     }
     Ok(())
