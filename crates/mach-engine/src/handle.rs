@@ -26,7 +26,18 @@ pub struct Submission {
 pub struct EngineHandle {
     tx: Sender<Submission>,
     info: Arc<EngineInfo>,
-    stats: Arc<Mutex<Stats>>,
+    stats: SharedStats,
+}
+
+/// The counters, shared between handles and the engine thread.
+#[derive(Clone, Default)]
+pub struct SharedStats(Arc<Mutex<Stats>>);
+
+impl SharedStats {
+    /// Reads or changes them.
+    pub fn with<R>(&self, f: impl FnOnce(&mut Stats) -> R) -> R {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 impl EngineHandle {
@@ -37,7 +48,7 @@ impl EngineHandle {
             Self {
                 tx,
                 info: Arc::new(info),
-                stats: Arc::default(),
+                stats: SharedStats::default(),
             },
             rx,
         )
@@ -50,12 +61,12 @@ impl EngineHandle {
 
     /// A copy of the counters.
     pub fn stats(&self) -> Stats {
-        self.with_stats(|s| s.clone())
+        self.stats.with(|s| s.clone())
     }
 
-    /// Changes the counters; for the engine thread.
-    pub fn with_stats<R>(&self, f: impl FnOnce(&mut Stats) -> R) -> R {
-        f(&mut self.stats.lock().unwrap_or_else(PoisonError::into_inner))
+    /// The counters themselves, for the engine thread (which must not keep a handle, or it would never end).
+    pub fn shared_stats(&self) -> SharedStats {
+        self.stats.clone()
     }
 
     /// Queues a request. Events arrive at `sink` on the engine thread until `Finished` or `Failed`.
@@ -75,7 +86,7 @@ impl EngineHandle {
         if let Some(&id) = request.prompt.iter().find(|&&id| id as usize >= self.info.vocab) {
             return Err(SubmitError::TokenOutOfRange { id, vocab: self.info.vocab });
         }
-        self.with_stats(|s| {
+        self.stats.with(|s| {
             if s.queued as usize >= QUEUE_LIMIT {
                 return Err(SubmitError::QueueFull(QUEUE_LIMIT));
             }
@@ -90,7 +101,7 @@ impl EngineHandle {
             at: Instant::now(),
         };
         self.tx.send(submission).map_err(|_| {
-            self.with_stats(|s| s.queued -= 1);
+            self.stats.with(|s| s.queued -= 1);
             SubmitError::Closed
         })?;
         Ok(cancel)

@@ -1,7 +1,12 @@
 //! Sequences of token ids: sampling, scheduling, warm sequences. Knows no text.
 
 mod api;
+mod engine;
 mod handle;
+mod rng;
+mod sampler;
+mod warm;
 
 pub use api::*;
-pub use handle::{EngineHandle, Submission};
+pub use engine::start;
+pub use handle::{EngineHandle, QUEUE_LIMIT, SharedStats, Submission};

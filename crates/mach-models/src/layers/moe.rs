@@ -1,0 +1,181 @@
+//! The shared MoE step, host-routed: ids are read, experts leased from the store, outputs added in ascending expert id.
+
+use mach_backend::{Backend, ExpertJob, ExpertLayout, Part};
+use mach_experts::ExpertStore;
+
+use super::{FeedForward, weight_f32};
+use crate::ModelError;
+use crate::spec::MoeSpec;
+use crate::tensors::MoeTensors;
+use crate::workspace::{DECODE_ROWS, Workspace};
+
+/// Router and shared expert of one layer; routed experts live in the store.
+pub struct Moe<B: Backend> {
+    spec: MoeSpec,
+    router: B::Weight,
+    shared: Option<FeedForward<B>>,
+    /// Index among the MoE layers.
+    index: usize,
+}
+
+/// Router choices of a forward pass, for `mach eval`: per MoE layer `[rows, k]`, largest weight first.
+#[derive(Default)]
+pub struct RouteLog {
+    /// Per layer.
+    pub layers: Vec<(Vec<u32>, Vec<f32>)>,
+}
+
+impl<B: Backend> Moe<B> {
+    pub(crate) fn load(backend: &B, t: &MoeTensors, spec: MoeSpec, index: usize) -> Result<Self, ModelError> {
+        let shared = t.shared.as_ref().map(|s| FeedForward::load(backend, &s.gate, &s.up, &s.down, s.scalar.as_ref(), spec.activation)).transpose()?;
+        Ok(Self { spec, router: weight_f32(backend, &t.router)?, shared, index })
+    }
+
+    /// `ws.h` rows → `ws.out` rows.
+    pub(crate) fn forward(
+        &self,
+        backend: &B,
+        ws: &mut Workspace<B>,
+        rows: usize,
+        store: &mut ExpertStore<B::Memory>,
+        log: Option<&mut RouteLog>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<(), ModelError> {
+        backend.route(&self.spec.router, &ws.h, rows, &self.router, &mut ws.routes);
+        backend.read_routes(&ws.routes, &mut ws.ids, &mut ws.weights);
+        if let Some(log) = log {
+            log.layers.resize_with(log.layers.len().max(self.index + 1), Default::default);
+            log.layers[self.index].0.extend_from_slice(&ws.ids);
+            log.layers[self.index].1.extend_from_slice(&ws.weights);
+        }
+        let groups = Groups::new(&ws.ids, self.spec.router.top_k, self.spec.router.experts);
+        let record = store.layout(self.index);
+        let layout = ExpertLayout { gate_up: record.gate_up, down: record.down, activation: self.spec.activation };
+        if rows <= DECODE_ROWS {
+            self.decode(backend, ws, rows, &groups, &layout, store, cancelled)?;
+        } else {
+            self.prefill(backend, ws, rows, &groups, &layout, store, cancelled)?;
+        }
+        if let Some(shared) = &self.shared {
+            shared.add(backend, &ws.h, rows, &mut ws.act, &mut ws.out);
+        }
+        Ok(())
+    }
+
+    /// Few rows: hits first, misses as they arrive, outputs buffered so that the order of arrival does not matter.
+    #[allow(clippy::too_many_arguments)]
+    fn decode(
+        &self,
+        backend: &B,
+        ws: &mut Workspace<B>,
+        rows: usize,
+        groups: &Groups,
+        layout: &ExpertLayout,
+        store: &mut ExpertStore<B::Memory>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<(), ModelError> {
+        let k = self.spec.router.top_k;
+        backend.reshape(&mut ws.act, rows * k, self.spec.inner);
+        let memory = store.memory().clone();
+        let mut lease = store.step(self.index, &groups.experts);
+        while let Some(batch) = lease.next(cancelled)? {
+            let jobs = |parts: [Part; 2]| -> Vec<ExpertJob<'_>> {
+                let wanted = batch.iter().filter(|r| parts.contains(&r.part));
+                wanted.map(|r| ExpertJob { slot: r.slot, rows: groups.rows(r.index), outs: groups.outs(r.index) }).collect()
+            };
+            let (gate_up, down) = (jobs([Part::Both, Part::GateUp]), jobs([Part::Both, Part::Down]));
+            if !gate_up.is_empty() {
+                backend.experts_gate_up(layout, &memory, &gate_up, &ws.h, &mut ws.act);
+            }
+            if !down.is_empty() {
+                backend.experts_down(layout, &memory, &down, &ws.act, &mut ws.y);
+            }
+        }
+        drop(lease);
+        // Ascending expert id within each row, the order in which a prefill adds.
+        let mut order: Vec<u32> = (0..(rows * k) as u32).collect();
+        order.chunks_exact_mut(k).for_each(|row| row.sort_unstable_by_key(|&at| ws.ids[at as usize]));
+        let weights: Vec<f32> = order.iter().map(|&at| ws.weights[at as usize]).collect();
+        backend.experts_reduce(&ws.y, rows, &order, &weights, &mut ws.out);
+        Ok(())
+    }
+
+    /// Many rows: expert by expert in ascending id, added in place.
+    #[allow(clippy::too_many_arguments)]
+    fn prefill(
+        &self,
+        backend: &B,
+        ws: &mut Workspace<B>,
+        rows: usize,
+        groups: &Groups,
+        layout: &ExpertLayout,
+        store: &mut ExpertStore<B::Memory>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<(), ModelError> {
+        backend.zero(&mut ws.out, rows);
+        backend.reshape(&mut ws.act, rows, self.spec.inner);
+        let memory = store.memory().clone();
+        let local: Vec<u32> = (0..rows as u32).collect();
+        let mut lease = store.stream(self.index, &groups.experts);
+        while let Some(batch) = lease.next(cancelled)? {
+            for ready in batch {
+                let (rows, outs) = (groups.rows(ready.index), groups.outs(ready.index));
+                let job = ExpertJob { slot: ready.slot, rows, outs: &local[..rows.len()] };
+                let weights: Vec<f32> = outs.iter().map(|&at| ws.weights[at as usize]).collect();
+                backend.experts_gate_up(layout, &memory, &[job], &ws.h, &mut ws.act);
+                backend.expert_down_add(layout, &memory, &job, &weights, &ws.act, &mut ws.out);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rows of a step by expert.
+struct Groups {
+    /// Distinct experts, ascending.
+    experts: Vec<u32>,
+    starts: Vec<usize>,
+    rows: Vec<u32>,
+    /// `row · k + rank`.
+    outs: Vec<u32>,
+}
+
+impl Groups {
+    /// Counting sort of `ids` `[rows, k]`.
+    fn new(ids: &[u32], k: usize, experts: usize) -> Self {
+        let mut next = vec![0usize; experts + 1];
+        ids.iter().for_each(|&id| next[id as usize + 1] += 1);
+        (0..experts).for_each(|e| next[e + 1] += next[e]);
+        let used: Vec<u32> = (0..experts as u32).filter(|&e| next[e as usize + 1] > next[e as usize]).collect();
+        let starts = used.iter().map(|&e| next[e as usize]).chain([ids.len()]).collect();
+        let mut outs = vec![0u32; ids.len()];
+        for (at, &id) in ids.iter().enumerate() {
+            outs[next[id as usize]] = at as u32;
+            next[id as usize] += 1;
+        }
+        Self { experts: used, starts, rows: outs.iter().map(|&at| at / k as u32).collect(), outs }
+    }
+
+    fn rows(&self, index: usize) -> &[u32] {
+        &self.rows[self.starts[index]..self.starts[index + 1]]
+    }
+
+    fn outs(&self, index: usize) -> &[u32] {
+        &self.outs[self.starts[index]..self.starts[index + 1]]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Groups;
+
+    /// Protects routing: every (row, rank) lands in its expert's group, experts ascending.
+    #[test]
+    fn groups_are_a_counting_sort() {
+        let g = Groups::new(&[3, 1, 0, 3, 1, 3], 2, 5);
+        assert_eq!(g.experts, [0, 1, 3]);
+        assert_eq!((g.rows(0), g.outs(0)), (&[1][..], &[2][..]));
+        assert_eq!((g.rows(1), g.outs(1)), (&[0, 2][..], &[1, 4][..]));
+        assert_eq!((g.rows(2), g.outs(2)), (&[0, 1, 2][..], &[0, 3, 5][..]));
+    }
+}

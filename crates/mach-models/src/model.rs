@@ -1,0 +1,405 @@
+//! A loaded model: weights, KV pool, expert store, and the forward pass over rows of tokens.
+
+use std::sync::Arc;
+
+use mach_backend::{Backend, GdnSegment, KV_BLOCK, Segment};
+use mach_experts::{ExpertError, ExpertStats, ExpertStore, RecordSource, Residency, StoreOptions};
+use mach_format::Matrix;
+
+use crate::ModelError;
+use crate::layers::attention::Attention;
+use crate::layers::gdn::Gdn;
+use crate::layers::moe::{Moe, RouteLog};
+use crate::layers::{FeedForward, vector};
+use crate::plan::{MemoryPlan, kv_specs};
+use crate::sequence::Sequence;
+use crate::spec::{FfnSpec, MixerSpec, ModelSpec};
+use crate::tensors::{FfnTensors, MixerTensors, Resolved};
+use crate::workspace::{HEAD_ROWS, Workspace};
+
+enum Mixer<B: Backend> {
+    Attention(Attention<B>),
+    Gdn(Gdn<B>),
+}
+
+enum Ffn<B: Backend> {
+    Moe(Moe<B>),
+    Dense(FeedForward<B>),
+}
+
+struct Layer<B: Backend> {
+    input_norm: B::Tensor,
+    post_norm: B::Tensor,
+    mixer: Mixer<B>,
+    ffn: Ffn<B>,
+}
+
+/// How to load.
+pub struct ModelOptions<'a> {
+    /// Memory plan.
+    pub plan: MemoryPlan,
+    /// Reader threads.
+    pub readers: usize,
+    /// Gets (what, done, all) while loading.
+    pub progress: &'a mut dyn FnMut(&'static str, usize, usize),
+}
+
+/// What is wanted back of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Want {
+    /// Nothing: it only feeds the caches.
+    Nothing,
+    /// Its logits.
+    Logits,
+}
+
+/// One token of a forward pass. Rows of a sequence stand together, in order of position.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// Index into the sequences of the call.
+    pub seq: usize,
+    /// Absolute position.
+    pub pos: usize,
+    /// Token id.
+    pub token: u32,
+    /// What is wanted back.
+    pub want: Want,
+}
+
+/// Rows of one sequence within a pass.
+struct Span {
+    seq: usize,
+    row: usize,
+    rows: usize,
+    pos: usize,
+}
+
+/// A forward pass under way: it yields between layers.
+pub struct Forward<B: Backend> {
+    rows: Vec<Row>,
+    spans: Vec<Span>,
+    x: B::Tensor,
+    /// cos and sin per row.
+    rope: Vec<f32>,
+    layer: usize,
+}
+
+impl<B: Backend> Forward<B> {
+    /// Layers done.
+    pub fn layers_done(&self) -> usize {
+        self.layer
+    }
+}
+
+/// A model in memory.
+pub struct Model<B: Backend> {
+    backend: Arc<B>,
+    spec: ModelSpec,
+    layers: Vec<Layer<B>>,
+    final_norm: B::Tensor,
+    head: B::Weight,
+    embed: Matrix,
+    inv_freq: Vec<f32>,
+    kv: Vec<B::Kv>,
+    free_blocks: Vec<u32>,
+    made_blocks: usize,
+    store: Option<ExpertStore<B::Memory>>,
+    ws: Workspace<B>,
+    plan: MemoryPlan,
+}
+
+impl<B: Backend> Model<B> {
+    /// Reads the always-active weights, and the experts too when the plan is resident.
+    ///
+    /// # Errors
+    /// Read errors, bad checksums, memory that cannot be had.
+    pub fn load(backend: Arc<B>, files: &Resolved, source: Option<Arc<dyn RecordSource>>, options: ModelOptions<'_>) -> Result<Self, ModelError> {
+        let b = &*backend;
+        let (spec, plan) = (&files.spec, options.plan);
+        let store = match source {
+            Some(source) if spec.routed_experts() > 0 => {
+                let store_options = StoreOptions { slots: plan.slots, readers: options.readers, top_k: spec.top_k(), residency: plan.residency };
+                let slots = ExpertStore::<B::Memory>::slots_wanted(&*source, &store_options)?;
+                let memory = b.alloc_bank(slots, source.part_bytes()).map_err(|e| ExpertError::Memory { slots, bytes: slots as u64 * plan.slot_bytes, source: e })?;
+                let mut store = ExpertStore::new(memory, source, &store_options)?;
+                if plan.residency == Residency::Resident {
+                    store.load_all(&mut |done, all| (options.progress)("experts", done, all))?;
+                }
+                Some(store)
+            }
+            _ => None,
+        };
+        let mut layers = Vec::with_capacity(files.layers.len());
+        let (mut kv_index, mut moe_index) = (0, 0);
+        for (i, (tensors, layer)) in files.layers.iter().zip(&spec.layers).enumerate() {
+            let mixer = match (&tensors.mixer, &layer.mixer) {
+                (MixerTensors::Attention(t), MixerSpec::Attention(s)) => {
+                    kv_index += 1;
+                    Mixer::Attention(Attention::load(b, files, t, *s, kv_index - 1, files.norm_form)?)
+                }
+                (MixerTensors::Gdn(t), MixerSpec::Gdn(s)) => Mixer::Gdn(Gdn::load(b, files, t, *s)?),
+                _ => unreachable!("tensors were resolved from this spec"),
+            };
+            let ffn = match (&tensors.ffn, &layer.ffn) {
+                (FfnTensors::Moe(t), FfnSpec::Moe(s)) => {
+                    moe_index += 1;
+                    Ffn::Moe(Moe::load(b, t, *s, moe_index - 1)?)
+                }
+                (FfnTensors::Dense(t), FfnSpec::Dense { activation, .. }) => Ffn::Dense(FeedForward::load(b, &t.gate, &t.up, &t.down, None, *activation)?),
+                _ => unreachable!("tensors were resolved from this spec"),
+            };
+            layers.push(Layer {
+                input_norm: vector(b, &files.norm(&tensors.input_norm, files.norm_form)?),
+                post_norm: vector(b, &files.norm(&tensors.post_norm, files.norm_form)?),
+                mixer,
+                ffn,
+            });
+            (options.progress)("layers", i + 1, spec.layers.len());
+        }
+        let dims = spec.rotary_dims;
+        let inv_freq = (0..dims / 2).map(|j| (1.0 / spec.rope.theta.powf((2 * j) as f64 / dims as f64)) as f32).collect();
+        Ok(Self {
+            layers,
+            final_norm: vector(b, &files.norm(&files.final_norm, files.norm_form)?),
+            head: b.weight(files.head.pack()?),
+            embed: files.embed.clone(),
+            inv_freq,
+            kv: kv_specs(spec, plan.kv_type).into_iter().map(|k| b.kv(k)).collect(),
+            free_blocks: Vec::new(),
+            made_blocks: 0,
+            store,
+            ws: Workspace::new(b, spec, plan.chunks),
+            spec: spec.clone(),
+            plan,
+            backend,
+        })
+    }
+
+    /// Shapes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The plan it was loaded by.
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &Arc<B> {
+        &self.backend
+    }
+
+    /// Counters of the expert store.
+    pub fn expert_stats(&self) -> ExpertStats {
+        self.store.as_ref().map(ExpertStore::stats).unwrap_or_default()
+    }
+
+    /// Slots of the bank now.
+    pub fn slots(&self) -> usize {
+        self.store.as_ref().map_or(0, ExpertStore::slots)
+    }
+
+    /// Bytes of KV blocks in use.
+    pub fn kv_bytes(&self) -> u64 {
+        (self.made_blocks - self.free_blocks.len()) as u64 * self.plan.kv_block
+    }
+
+    /// Most rows of one forward pass.
+    pub fn max_rows(&self) -> usize {
+        self.plan.chunks.moe
+    }
+
+    /// An empty sequence.
+    pub fn sequence(&self) -> Sequence<B> {
+        let specs = self.spec.layers.iter().map(|l| match &l.mixer {
+            MixerSpec::Gdn(g) => Some(*g),
+            MixerSpec::Attention(_) => None,
+        });
+        Sequence::new(&self.backend, specs.collect())
+    }
+
+    /// Takes back a sequence's KV blocks.
+    pub fn release(&mut self, seq: Sequence<B>) {
+        self.free_blocks.extend(seq.blocks);
+    }
+
+    /// Whether a sequence can grow to `len` tokens within the planned KV blocks.
+    pub fn can_grow(&self, seq: &Sequence<B>, len: usize) -> bool {
+        let wanted = len.div_ceil(KV_BLOCK).saturating_sub(seq.blocks.len());
+        self.kv.is_empty() || wanted <= self.free_blocks.len() + self.plan.kv_blocks.saturating_sub(self.made_blocks)
+    }
+
+    /// Gives a sequence blocks for `len` tokens; the bank gives slots up where the budget asks for it.
+    fn reserve(&mut self, seq: &mut Sequence<B>, len: usize) -> Result<(), ModelError> {
+        if self.kv.is_empty() {
+            return Ok(());
+        }
+        while seq.blocks.len() * KV_BLOCK < len {
+            if let Some(block) = self.free_blocks.pop() {
+                seq.blocks.push(block);
+                continue;
+            }
+            if self.made_blocks >= self.plan.kv_blocks {
+                return Err(ModelError::Budget {
+                    what: format!("a sequence of {len} tokens"),
+                    needed: len.div_ceil(KV_BLOCK) as u64 * self.plan.kv_block,
+                    available: self.plan.kv_blocks as u64 * self.plan.kv_block,
+                    hint: "raise --ctx-size".to_owned(),
+                });
+            }
+            self.made_blocks += 1;
+            self.free_blocks.push(self.made_blocks as u32 - 1);
+            let over = (self.made_blocks as u64 * self.plan.kv_block).saturating_sub(self.plan.kv_free);
+            if let (true, Some(store)) = (over > 0, &mut self.store) {
+                self.plan.kv_free += store.give_up(over);
+            }
+            for kv in &mut self.kv {
+                self.backend.kv_grow(kv, self.made_blocks);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a forward pass over at most [`Model::max_rows`] rows: reserves KV, reads the embeddings.
+    ///
+    /// # Errors
+    /// KV beyond the plan, a failed embedding read.
+    ///
+    /// # Panics
+    /// When the rows of a sequence do not stand together.
+    pub fn start(&mut self, seqs: &mut [&mut Sequence<B>], rows: Vec<Row>) -> Result<Forward<B>, ModelError> {
+        let mut spans: Vec<Span> = Vec::new();
+        for (i, row) in rows.iter().enumerate() {
+            match spans.last_mut() {
+                Some(s) if s.seq == row.seq => {
+                    assert_eq!(s.pos + s.rows, row.pos, "rows of a sequence are consecutive");
+                    s.rows += 1;
+                }
+                _ => spans.push(Span { seq: row.seq, row: i, rows: 1, pos: row.pos }),
+            }
+        }
+        for s in &spans {
+            self.reserve(seqs[s.seq], s.pos + s.rows)?;
+            seqs[s.seq].pending = true;
+        }
+        if let Some(store) = &mut self.store {
+            store.next_pass();
+        }
+        let mut embedded = vec![0.0; rows.len() * self.spec.hidden];
+        for (row, out) in rows.iter().zip(embedded.chunks_exact_mut(self.spec.hidden)) {
+            self.embed.row_f32(row.token as usize, out)?;
+        }
+        let mut x = self.backend.tensor(rows.len(), self.spec.hidden);
+        self.backend.upload(&mut x, 0, &embedded);
+        let half = self.inv_freq.len();
+        let mut rope = vec![0.0; rows.len() * 2 * half];
+        for (row, out) in rows.iter().zip(rope.chunks_exact_mut((2 * half).max(1))) {
+            let (cos, sin) = out.split_at_mut(half);
+            for ((inv, c), s) in self.inv_freq.iter().zip(cos).zip(sin) {
+                // The angle in f32, as transformers has it; its cosine as exact as f64 gives.
+                let angle = f64::from(row.pos as f32 * inv);
+                *c = angle.cos() as f32;
+                *s = angle.sin() as f32;
+            }
+        }
+        Ok(Forward { rows, spans, x, rope, layer: 0 })
+    }
+
+    /// Runs the next layer; `true` when it was the last. `cancelled` is asked between chunks and experts.
+    ///
+    /// # Errors
+    /// Failed reads, cancellation: roll the sequences back or drop them.
+    pub fn step(&mut self, f: &mut Forward<B>, seqs: &mut [&mut Sequence<B>], log: Option<&mut RouteLog>, cancelled: &dyn Fn() -> bool) -> Result<bool, ModelError> {
+        let (b, ws, eps) = (&*self.backend, &mut self.ws, self.spec.eps);
+        let (layer, index, total) = (&self.layers[f.layer], f.layer, f.rows.len());
+        let rope_cols = 2 * self.inv_freq.len();
+        for first in (0..total).step_by(self.plan.chunks.mixer) {
+            if cancelled() {
+                return Err(ExpertError::Cancelled.into());
+            }
+            let rows = self.plan.chunks.mixer.min(total - first);
+            b.reshape(&mut ws.h, rows, self.spec.hidden);
+            b.reshape(&mut ws.out, rows, self.spec.hidden);
+            b.rms_norm(&f.x, first, rows, &layer.input_norm, eps, &mut ws.h);
+            // The part of every span that lies in this chunk.
+            let cut = f.spans.iter().filter_map(|s| {
+                let (start, end) = (s.row.max(first), (s.row + s.rows).min(first + rows));
+                (start < end).then(|| (s.seq, start - first, end - start, s.pos + start - s.row))
+            });
+            match &layer.mixer {
+                Mixer::Attention(a) => {
+                    b.upload(&mut ws.rope, 0, &f.rope[first * rope_cols..(first + rows) * rope_cols]);
+                    let segments: Vec<Segment<'_>> = cut.map(|(seq, row, rows, pos)| Segment { row, rows, pos, blocks: &seqs[seq].blocks }).collect();
+                    a.forward(b, ws, rows, eps, &segments, &mut self.kv);
+                }
+                Mixer::Gdn(g) => {
+                    let cut: Vec<_> = cut.collect();
+                    let mut segments: Vec<GdnSegment<'_, B::State>> = Vec::with_capacity(cut.len());
+                    for (i, seq) in seqs.iter_mut().enumerate() {
+                        if let (Some(&(_, row, rows, _)), Some(state)) = (cut.iter().find(|c| c.0 == i), &mut seq.states[index]) {
+                            segments.push(GdnSegment { row, rows, state });
+                        }
+                    }
+                    g.forward(b, ws, rows, &mut segments);
+                }
+            }
+            b.add(&mut f.x, first, rows, &ws.out);
+        }
+        b.reshape(&mut ws.h, total, self.spec.hidden);
+        b.reshape(&mut ws.out, total, self.spec.hidden);
+        b.rms_norm(&f.x, 0, total, &layer.post_norm, eps, &mut ws.h);
+        match (&layer.ffn, &mut self.store) {
+            (Ffn::Moe(m), Some(store)) => m.forward(b, ws, total, store, log, cancelled)?,
+            (Ffn::Moe(_), None) => return Err(ModelError::NoExperts { path: "the model".to_owned(), reason: "it was loaded without experts".to_owned() }),
+            (Ffn::Dense(d), _) => {
+                b.zero(&mut ws.out, total);
+                d.add(b, &ws.h, total, &mut ws.act, &mut ws.out);
+            }
+        }
+        b.add(&mut f.x, 0, total, &ws.out);
+        f.layer += 1;
+        Ok(f.layer == self.layers.len())
+    }
+
+    /// Gives the logits of the rows that want them to `sink` (row index, logits), in order.
+    pub fn finish(&mut self, f: Forward<B>, sink: &mut dyn FnMut(usize, &[f32])) {
+        let b = &*self.backend;
+        let mut logits = Vec::new();
+        let mut row = 0;
+        while row < f.rows.len() {
+            if f.rows[row].want == Want::Nothing {
+                row += 1;
+                continue;
+            }
+            let n = f.rows[row..].iter().take(HEAD_ROWS).take_while(|r| r.want == Want::Logits).count();
+            b.rms_norm(&f.x, row, n, &self.final_norm, self.spec.eps, &mut self.ws.head_in);
+            b.linear(&self.ws.head_in, n, &mut [(&self.head, &mut self.ws.logits)]);
+            logits.resize(n * self.spec.vocab, 0.0);
+            b.read(&self.ws.logits, 0, &mut logits);
+            for (i, logits) in logits.chunks_exact(self.spec.vocab).enumerate() {
+                sink(row + i, logits);
+            }
+            row += n;
+        }
+    }
+
+    /// A whole forward pass without yielding.
+    ///
+    /// # Errors
+    /// As [`Model::start`] and [`Model::step`].
+    pub fn forward(
+        &mut self,
+        seqs: &mut [&mut Sequence<B>],
+        rows: Vec<Row>,
+        mut log: Option<&mut RouteLog>,
+        cancelled: &dyn Fn() -> bool,
+        sink: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), ModelError> {
+        let mut f = self.start(seqs, rows)?;
+        while !self.step(&mut f, seqs, log.as_deref_mut(), cancelled)? {}
+        self.finish(f, sink);
+        Ok(())
+    }
+}

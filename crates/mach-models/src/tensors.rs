@@ -1,0 +1,476 @@
+//! From a spec to the tensors on disk: names, layouts, shapes. Reads headers only.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use mach_backend::{AttentionSpec, GdnSpec};
+use mach_format::{Checkpoint, Dtype, ExpertSource, LayerPlan, Matrix, PackPlan, ScaleType, WeightFormat};
+
+use crate::ModelError;
+use crate::registry::MoeArchAdapter;
+use crate::spec::{FfnSpec, MixerSpec, ModelSpec, MoeSpec};
+
+/// Names of a family's tensors; modules without `.weight`, `{}` stands for an expert id.
+pub struct WeightNames {
+    /// What may stand before `embed_tokens`, `layers.N.`, `norm`.
+    pub roots: &'static [&'static str],
+    /// Output head.
+    pub heads: &'static [&'static str],
+    /// q, k, v, o projections and the weights of the q and k norms.
+    pub attention: [&'static str; 6],
+    /// qkv, z, b, a and out projections of the delta net.
+    pub gdn: [&'static str; 5],
+    /// conv, A_log, dt_bias and norm of the delta net, as full names.
+    pub gdn_small: [&'static str; 4],
+    /// Router.
+    pub router: &'static str,
+    /// Fused gate|up and down of all experts.
+    pub fused: [&'static str; 2],
+    /// Gate, up, down of one expert.
+    pub each: [&'static str; 3],
+    /// Gate, up, down of all experts, stacked.
+    pub switch: [&'static str; 3],
+    /// Gate, up, down and scalar gate of the shared expert.
+    pub shared: [&'static str; 4],
+    /// Gate, up, down of a dense block.
+    pub dense: [&'static str; 3],
+    /// Beginnings of tensors that are recognised and not used.
+    pub unused: &'static [&'static str],
+}
+
+/// Names of Qwen3-MoE and Qwen3.5-MoE.
+pub static QWEN: WeightNames = WeightNames {
+    roots: &["model.language_model.", "language_model.model.", "model."],
+    heads: &["lm_head", "language_model.lm_head"],
+    attention: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm"],
+    gdn: ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a", "linear_attn.out_proj"],
+    gdn_small: ["linear_attn.conv1d.weight", "linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight"],
+    router: "mlp.gate",
+    fused: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    each: ["mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"],
+    switch: ["mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj", "mlp.switch_mlp.down_proj"],
+    shared: ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj", "mlp.shared_expert_gate"],
+    dense: ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+    unused: &["model.visual.", "visual.", "vision_tower.", "model.vision_tower.", "mtp.", "model.mtp.", "language_model.mtp."],
+};
+
+/// How norm weights are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormForm {
+    /// The factor itself.
+    Plain,
+    /// The factor minus one.
+    OnePlus,
+}
+
+/// Attention tensors.
+pub struct AttentionTensors {
+    pub(crate) q: Matrix,
+    pub(crate) k: Matrix,
+    pub(crate) v: Matrix,
+    pub(crate) o: Matrix,
+    pub(crate) q_norm: String,
+    pub(crate) k_norm: String,
+}
+
+/// Delta net tensors.
+pub struct GdnTensors {
+    pub(crate) qkv: Matrix,
+    pub(crate) z: Matrix,
+    pub(crate) b: Matrix,
+    pub(crate) a: Matrix,
+    pub(crate) o: Matrix,
+    pub(crate) conv: String,
+    pub(crate) a_log: String,
+    pub(crate) dt_bias: String,
+    pub(crate) norm: String,
+}
+
+/// A feed-forward block that is always active.
+pub struct FeedForwardTensors {
+    pub(crate) gate: Matrix,
+    pub(crate) up: Matrix,
+    pub(crate) down: Matrix,
+    pub(crate) scalar: Option<Matrix>,
+}
+
+/// MoE tensors. `experts` is `None` in a pack, whose experts are in its sidecar.
+pub struct MoeTensors {
+    pub(crate) router: Matrix,
+    pub(crate) shared: Option<FeedForwardTensors>,
+    pub(crate) experts: Option<LayerPlan>,
+}
+
+pub(crate) enum MixerTensors {
+    Attention(AttentionTensors),
+    Gdn(GdnTensors),
+}
+
+pub(crate) enum FfnTensors {
+    Moe(Box<MoeTensors>),
+    Dense(Box<FeedForwardTensors>),
+}
+
+pub(crate) struct LayerTensors {
+    pub input_norm: String,
+    pub post_norm: String,
+    pub mixer: MixerTensors,
+    pub ffn: FfnTensors,
+}
+
+/// A checkpoint whose tensors were all found and have the shapes that the config says.
+pub struct Resolved {
+    pub(crate) ck: Arc<Checkpoint>,
+    pub(crate) arch: &'static MoeArchAdapter,
+    pub(crate) spec: ModelSpec,
+    pub(crate) embed: Matrix,
+    /// Equal to `embed` when tied.
+    pub(crate) head: Matrix,
+    pub(crate) final_norm: String,
+    pub(crate) layers: Vec<LayerTensors>,
+    /// Of the block norms.
+    pub(crate) norm_form: NormForm,
+    /// Tensors that are recognised and not used (vision, mtp).
+    unused: Vec<String>,
+}
+
+impl Resolved {
+    /// Finds every tensor of the model.
+    ///
+    /// # Errors
+    /// Unknown families and config fields, missing tensors, wrong shapes, tensors that belong to nothing.
+    pub fn open(ck: Arc<Checkpoint>) -> Result<Self, ModelError> {
+        let (arch, spec) = crate::registry::read_spec(&ck)?;
+        let names = arch.names;
+        let root = names.roots.iter().copied().find(|r| ck.tensor(&format!("{r}norm.weight")).is_some()).ok_or_else(|| ModelError::MissingTensor {
+            name: format!("{}norm.weight", names.roots[0]),
+            hint: format!("no tensor of a {} model was found; is this its weight folder?", arch.model_type),
+        })?;
+        let mut r = Resolver { ck: &ck, used: HashSet::new() };
+        let embed = r.matrix(&format!("{root}embed_tokens"), spec.vocab, spec.hidden)?;
+        let head_name = names.heads.iter().find(|h| ck.tensor(&format!("{h}.weight")).is_some());
+        let head = match head_name {
+            Some(name) if !spec.tied => r.matrix(name, spec.vocab, spec.hidden)?,
+            // Some exports write the tied head a second time.
+            Some(name) => r.matrix(name, spec.vocab, spec.hidden).map(|_| embed.clone())?,
+            None if spec.tied => embed.clone(),
+            None => return Err(ModelError::MissingTensor { name: format!("{}.weight", names.heads[0]), hint: "tie_word_embeddings is false, so there must be a head".to_owned() }),
+        };
+        let final_norm = r.vector(format!("{root}norm.weight"), spec.hidden)?;
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        for (i, layer) in spec.layers.iter().enumerate() {
+            let at = |name: &str| format!("{root}layers.{i}.{name}");
+            layers.push(LayerTensors {
+                input_norm: r.vector(at("input_layernorm.weight"), spec.hidden)?,
+                post_norm: r.vector(at("post_attention_layernorm.weight"), spec.hidden)?,
+                mixer: match &layer.mixer {
+                    MixerSpec::Attention(a) => MixerTensors::Attention(r.attention(names, &at, spec.hidden, a)?),
+                    MixerSpec::Gdn(g) => MixerTensors::Gdn(r.gdn(names, &at, spec.hidden, g)?),
+                },
+                ffn: match &layer.ffn {
+                    FfnSpec::Moe(m) => FfnTensors::Moe(Box::new(r.moe(names, &at, spec.hidden, m, i)?)),
+                    FfnSpec::Dense { inner, .. } => FfnTensors::Dense(Box::new(r.feed_forward(names.dense, None, &at, spec.hidden, *inner)?)),
+                },
+            });
+        }
+        let used = r.used;
+        let (unused, unknown): (Vec<_>, Vec<_>) = ck
+            .tensors()
+            .map(|(name, _)| name)
+            .filter(|name| !used.contains(*name) && !name.ends_with("rotary_emb.inv_freq"))
+            .partition(|name| names.unused.iter().any(|p| name.starts_with(p)));
+        if let Some(name) = unknown.first() {
+            return Err(ModelError::UnknownTensor { name: (*name).to_owned(), count: unknown.len(), arch: arch.model_type });
+        }
+        let unused = unused.into_iter().map(str::to_owned).collect();
+        let norm_form = norm_form(&ck, arch, &layers);
+        Ok(Self { arch, spec, embed, head, final_norm, layers, norm_form, unused, ck })
+    }
+
+    /// The checkpoint.
+    pub fn checkpoint(&self) -> &Arc<Checkpoint> {
+        &self.ck
+    }
+
+    /// Family.
+    pub fn arch(&self) -> &'static MoeArchAdapter {
+        self.arch
+    }
+
+    /// Shapes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Names of tensors that are recognised and not used.
+    pub fn unused(&self) -> &[String] {
+        &self.unused
+    }
+
+    /// The embedding, read row by row on demand.
+    pub fn embedding(&self) -> &Matrix {
+        &self.embed
+    }
+
+    /// The experts' tensors, `None` in a pack.
+    pub fn experts(&self) -> Option<Vec<LayerPlan>> {
+        self.moe().map(|m| m.experts.clone()).collect()
+    }
+
+    /// Whether routed experts are stored unquantised in the checkpoint itself.
+    pub fn plain_experts(&self) -> bool {
+        self.moe().any(|m| m.experts.as_ref().is_some_and(|e| !e.gate.expert(0).format().is_quantised()))
+    }
+
+    fn moe(&self) -> impl Iterator<Item = &MoeTensors> {
+        self.layers.iter().filter_map(|l| match &l.ffn {
+            FfnTensors::Moe(m) => Some(&**m),
+            FfnTensors::Dense(_) => None,
+        })
+    }
+
+    /// The effective weight of an RMS norm.
+    pub(crate) fn norm(&self, name: &str, form: NormForm) -> Result<Vec<f32>, ModelError> {
+        let mut w = self.ck.read_f32(name)?;
+        if form == NormForm::OnePlus {
+            w.iter_mut().for_each(|w| *w += 1.0);
+        }
+        Ok(w)
+    }
+
+    /// Matrices that are kept in memory, with whether they are widened to f32 at load.
+    fn resident(&self) -> Vec<(&Matrix, bool)> {
+        let mut all = vec![(&self.head, false)];
+        for layer in &self.layers {
+            match &layer.mixer {
+                MixerTensors::Attention(t) => all.extend([&t.q, &t.k, &t.v, &t.o].map(|m| (m, false))),
+                MixerTensors::Gdn(t) => {
+                    all.extend([&t.qkv, &t.z, &t.o].map(|m| (m, false)));
+                    all.extend([&t.b, &t.a].map(|m| (m, true)));
+                }
+            }
+            let block = match &layer.ffn {
+                FfnTensors::Moe(m) => {
+                    all.push((&m.router, true));
+                    m.shared.as_ref()
+                }
+                FfnTensors::Dense(d) => Some(&**d),
+            };
+            if let Some(b) = block {
+                all.extend([&b.gate, &b.up, &b.down].map(|m| (m, false)));
+                all.extend(b.scalar.iter().map(|m| (m, true)));
+            }
+        }
+        all
+    }
+
+    /// Bytes of the always-active weights in memory.
+    pub fn resident_bytes(&self) -> u64 {
+        let packed = |(m, widened): (&Matrix, bool)| {
+            let format = if widened && m.format().is_quantised() { WeightFormat::F32 } else { m.format() };
+            mach_format::PackedLayout::new(m.rows(), m.cols(), format).bytes() as u64
+        };
+        self.resident().into_iter().map(packed).sum()
+    }
+
+    /// Parameters of the language model, embedding included. Experts that are only in a sidecar are counted from the spec.
+    pub fn parameters(&self) -> u64 {
+        let size = |m: &Matrix| (m.rows() * m.cols()) as u64;
+        let resident: u64 = self.resident().iter().map(|(m, _)| size(m)).sum();
+        let experts: u64 = self.spec.moe_layers().map(|(_, m)| (m.router.experts * 3 * m.inner * self.spec.hidden) as u64).sum();
+        resident + experts + if self.spec.tied { 0 } else { size(&self.embed) }
+    }
+
+    /// What `artifacts build` writes: `format` for experts and big linears (`None` keeps the source's), routers, gates,
+    /// norms and the recurrence's small projections as they are.
+    ///
+    /// # Errors
+    /// A pack, whose experts are already in a sidecar.
+    pub fn pack_plan(&self, bits: Option<(u8, u16)>) -> Result<PackPlan, ModelError> {
+        let format = bits.map(|(bits, group)| WeightFormat::Affine { bits, group, scales: ScaleType::F16 });
+        let experts = self.experts().ok_or_else(|| ModelError::NoExperts {
+            path: self.ck.dir().display().to_string(),
+            reason: "this is a pack; build from the checkpoint that it was made of".to_owned(),
+        })?;
+        let mut kept_modules = HashSet::new();
+        let mut quantise = Vec::new();
+        let mut add = |m: &Matrix, widened: bool| {
+            let module = m.name().trim_end_matches(".weight").to_owned();
+            // Small inputs that the group does not divide stay as they are.
+            let fits = format.is_none_or(|f| m.quantised_layout(f).is_ok());
+            if !widened && fits && !m.format().is_quantised() {
+                quantise.push((module.clone(), format));
+            } else if !widened {
+                quantise.push((module.clone(), None));
+            }
+            kept_modules.insert(module);
+        };
+        for (m, widened) in self.resident() {
+            add(m, widened);
+        }
+        if !self.spec.tied {
+            add(&self.embed, false);
+        }
+        let in_quantise: HashSet<&str> = quantise.iter().map(|(m, _)| m.as_str()).collect();
+        let of_expert: HashSet<String> = experts.iter().flat_map(|l| [&l.gate, &l.up, &l.down].map(expert_names)).flatten().collect();
+        let keep = self.ck.tensors().map(|(name, _)| name).filter(|name| {
+            let module = module_of(name);
+            !in_quantise.contains(module) && !of_expert.contains(module) && !self.unused.iter().any(|u| u == name)
+        });
+        let keep = keep.map(str::to_owned).collect();
+        Ok(PackPlan { model_type: self.arch.model_type.to_owned(), experts, expert_format: format, quantise, keep })
+    }
+}
+
+fn expert_names(source: &ExpertSource) -> Vec<String> {
+    let name = |m: &Matrix| m.name().trim_end_matches(".weight").to_owned();
+    match source {
+        ExpertSource::Stacked(m) | ExpertSource::StackedRows(m, _) => vec![name(m)],
+        ExpertSource::Each(all) => all.iter().map(name).collect(),
+    }
+}
+
+/// The module that a tensor belongs to.
+fn module_of(tensor: &str) -> &str {
+    [".weight", ".scales", ".biases"].iter().find_map(|s| tensor.strip_suffix(s)).unwrap_or(tensor)
+}
+
+/// MLX files store `1 + w`; the shape of the conv (or the stacked experts, where there is none) tells them apart.
+fn norm_form(ck: &Checkpoint, arch: &MoeArchAdapter, layers: &[LayerTensors]) -> NormForm {
+    let conv = layers.iter().find_map(|l| match &l.mixer {
+        MixerTensors::Gdn(g) => ck.tensor(&g.conv),
+        MixerTensors::Attention(_) => None,
+    });
+    let mlx = match conv {
+        Some(info) => info.shape.len() == 3 && info.shape[1] != 1,
+        None => ck.tensors().any(|(name, _)| name.contains(".switch_mlp.")),
+    };
+    if arch.one_plus_norm && !mlx { NormForm::OnePlus } else { NormForm::Plain }
+}
+
+struct Resolver<'a> {
+    ck: &'a Checkpoint,
+    used: HashSet<String>,
+}
+
+impl Resolver<'_> {
+    fn use_module(&mut self, module: &str) {
+        self.used.insert(module.to_owned());
+        self.used.extend(["weight", "scales", "biases"].map(|s| format!("{module}.{s}")));
+    }
+
+    fn raw(&mut self, module: &str) -> Result<Matrix, ModelError> {
+        self.use_module(module);
+        Ok(self.ck.matrix(module)?)
+    }
+
+    fn matrix(&mut self, module: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+        let m = self.raw(module)?;
+        check_shape(&m, None, rows, cols)?;
+        Ok(m)
+    }
+
+    fn stack(&mut self, module: &str, experts: usize, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+        let m = self.raw(module)?;
+        check_shape(&m, Some(experts), rows, cols)?;
+        Ok(m)
+    }
+
+    /// A tensor of `len` values, whatever its dimensions.
+    fn vector(&mut self, name: String, len: usize) -> Result<String, ModelError> {
+        let info = self.ck.require(&name)?;
+        let plain = matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
+        if info.shape.iter().product::<usize>() != len || !plain {
+            return Err(ModelError::Shape { name, expected: format!("{len} floats"), got: format!("{:?} of {:?}", info.shape, info.dtype) });
+        }
+        self.used.insert(name.clone());
+        Ok(name)
+    }
+
+    fn attention(&mut self, names: &WeightNames, at: &dyn Fn(&str) -> String, hidden: usize, a: &AttentionSpec) -> Result<AttentionTensors, ModelError> {
+        let [q, k, v, o, q_norm, k_norm] = names.attention.map(at);
+        let (heads, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+        Ok(AttentionTensors {
+            q: self.matrix(&q, if a.gate { 2 * heads } else { heads }, hidden)?,
+            k: self.matrix(&k, kv, hidden)?,
+            v: self.matrix(&v, kv, hidden)?,
+            o: self.matrix(&o, hidden, heads)?,
+            q_norm: self.vector(q_norm + ".weight", a.head_dim)?,
+            k_norm: self.vector(k_norm + ".weight", a.head_dim)?,
+        })
+    }
+
+    fn gdn(&mut self, names: &WeightNames, at: &dyn Fn(&str) -> String, hidden: usize, g: &GdnSpec) -> Result<GdnTensors, ModelError> {
+        let [qkv, z, b, a, o] = names.gdn.map(at);
+        let [conv, a_log, dt_bias, norm] = names.gdn_small.map(at);
+        let values = g.v_heads * g.v_dim;
+        Ok(GdnTensors {
+            qkv: self.matrix(&qkv, g.channels(), hidden)?,
+            z: self.matrix(&z, values, hidden)?,
+            b: self.matrix(&b, g.v_heads, hidden)?,
+            a: self.matrix(&a, g.v_heads, hidden)?,
+            o: self.matrix(&o, hidden, values)?,
+            conv: self.vector(conv, g.channels() * g.kernel)?,
+            a_log: self.vector(a_log, g.v_heads)?,
+            dt_bias: self.vector(dt_bias, g.v_heads)?,
+            norm: self.vector(norm, g.v_dim)?,
+        })
+    }
+
+    fn feed_forward(
+        &mut self,
+        names: [&str; 3],
+        scalar: Option<&str>,
+        at: &dyn Fn(&str) -> String,
+        hidden: usize,
+        inner: usize,
+    ) -> Result<FeedForwardTensors, ModelError> {
+        let [gate, up, down] = names.map(at);
+        Ok(FeedForwardTensors {
+            gate: self.matrix(&gate, inner, hidden)?,
+            up: self.matrix(&up, inner, hidden)?,
+            down: self.matrix(&down, hidden, inner)?,
+            scalar: scalar.map(|s| self.matrix(&at(s), 1, hidden)).transpose()?,
+        })
+    }
+
+    fn moe(&mut self, names: &WeightNames, at: &dyn Fn(&str) -> String, hidden: usize, m: &MoeSpec, layer: usize) -> Result<MoeTensors, ModelError> {
+        let experts = m.router.experts;
+        let router = self.matrix(&at(names.router), experts, hidden)?;
+        let [gate, up, down, scalar] = names.shared;
+        let shared = m.shared.map(|inner| self.feed_forward([gate, up, down], Some(scalar), at, hidden, inner)).transpose()?;
+        let has = |name: &str| self.ck.tensor(&at(name)).is_some() || self.ck.tensor(&format!("{}.weight", at(name))).is_some();
+        let first = names.each.map(|n| n.replace("{}", "0"));
+        let plan = if has(names.fused[0]) {
+            let gate_up = self.stack(&at(names.fused[0]), experts, 2 * m.inner, hidden)?;
+            let down = self.stack(&at(names.fused[1]), experts, hidden, m.inner)?;
+            let half = |rows| ExpertSource::StackedRows(gate_up.clone(), rows);
+            Some((half(0..m.inner), half(m.inner..2 * m.inner), ExpertSource::Stacked(down)))
+        } else if has(names.switch[0]) {
+            let [gate, up, down] = names.switch.map(at);
+            Some((
+                ExpertSource::Stacked(self.stack(&gate, experts, m.inner, hidden)?),
+                ExpertSource::Stacked(self.stack(&up, experts, m.inner, hidden)?),
+                ExpertSource::Stacked(self.stack(&down, experts, hidden, m.inner)?),
+            ))
+        } else if has(&first[0]) {
+            let mut each = |pattern: &str, rows, cols| -> Result<ExpertSource, ModelError> {
+                let one = |e: usize| self.matrix(&at(&pattern.replace("{}", &e.to_string())), rows, cols);
+                Ok(ExpertSource::Each((0..experts).map(one).collect::<Result<_, _>>()?))
+            };
+            Some((each(names.each[0], m.inner, hidden)?, each(names.each[1], m.inner, hidden)?, each(names.each[2], hidden, m.inner)?))
+        } else {
+            None
+        };
+        let experts = plan.map(|(gate, up, down)| LayerPlan { layer, gate, up, down });
+        Ok(MoeTensors { router, shared, experts })
+    }
+}
+
+fn check_shape(m: &Matrix, leading: Option<usize>, rows: usize, cols: usize) -> Result<(), ModelError> {
+    if (m.leading(), m.rows(), m.cols()) == (leading, rows, cols) {
+        return Ok(());
+    }
+    let show = |l: Option<usize>, r: usize, c: usize| l.map_or(format!("[{r}, {c}]"), |l| format!("[{l}, {r}, {c}]"));
+    Err(ModelError::Shape { name: m.name().to_owned(), expected: show(leading, rows, cols), got: show(m.leading(), m.rows(), m.cols()) })
+}
