@@ -1,0 +1,248 @@
+//! AVX2 with FMA and F16C: 16 lanes in two registers.
+
+use std::arch::x86_64::*;
+
+use super::simd::{Kernel, Simd};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2;
+
+type F = [__m256; 2];
+type I = [__m256i; 2];
+
+#[inline(always)]
+unsafe fn load_bytes(p: *const u8) -> __m256i {
+    _mm256_loadu_si256(p.cast())
+}
+
+/// Rows 0 1 | 2 3 and 4 5 | 6 7: even and odd picked per 128 bits, then the 64-bit quarters put in order.
+#[inline(always)]
+unsafe fn pair_sum_f16(v: F) -> __m256 {
+    let even = _mm256_shuffle_ps::<0b10_00_10_00>(v[0], v[1]);
+    let odd = _mm256_shuffle_ps::<0b11_01_11_01>(v[0], v[1]);
+    _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(_mm256_add_ps(even, odd))))
+}
+
+impl Simd for Avx2 {
+    type F = F;
+    type I = I;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> F {
+        [_mm256_set1_ps(x); 2]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> F {
+        [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))]
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: F) {
+        _mm256_storeu_ps(p, v[0]);
+        _mm256_storeu_ps(p.add(8), v[1]);
+    }
+    #[inline(always)]
+    unsafe fn add(a: F, b: F) -> F {
+        [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn sub(a: F, b: F) -> F {
+        [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn mul(a: F, b: F) -> F {
+        [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn div(a: F, b: F) -> F {
+        [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn fma(a: F, b: F, c: F) -> F {
+        [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
+    }
+    #[inline(always)]
+    unsafe fn max(a: F, b: F) -> F {
+        [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn min(a: F, b: F) -> F {
+        [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn abs(a: F) -> F {
+        let sign = _mm256_set1_ps(-0.0);
+        [_mm256_andnot_ps(sign, a[0]), _mm256_andnot_ps(sign, a[1])]
+    }
+    #[inline(always)]
+    unsafe fn zero_where_gt(a: F, b: F, x: F) -> F {
+        let gt = [_mm256_cmp_ps::<_CMP_GT_OQ>(a[0], b[0]), _mm256_cmp_ps::<_CMP_GT_OQ>(a[1], b[1])];
+        [_mm256_andnot_ps(gt[0], x[0]), _mm256_andnot_ps(gt[1], x[1])]
+    }
+    #[inline(always)]
+    unsafe fn gt_bits(a: F, b: F) -> u32 {
+        let low = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a[0], b[0])) as u32;
+        low | (_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a[1], b[1])) as u32) << 8
+    }
+    #[inline(always)]
+    unsafe fn sum(a: F) -> f32 {
+        let eight = _mm256_add_ps(a[0], a[1]);
+        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> F {
+        [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> F {
+        let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+        let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
+        Self::from_bits([_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)])
+    }
+    /// Pairs stay interleaved, because `vcvtph2ps` takes neighbours: four registers of `(even, odd)`.
+    #[inline(always)]
+    unsafe fn f16_pairs(p: *const u8) -> [F; 2] {
+        let p = p.cast::<u16>();
+        [Self::load_f16(p), Self::load_f16(p.add(16))]
+    }
+    #[inline(always)]
+    unsafe fn f16_pair_x(even: f32, odd: f32) -> [F; 2] {
+        let pair = i64::from(even.to_bits()) | i64::from(odd.to_bits()) << 32;
+        [[_mm256_castsi256_ps(_mm256_set1_epi64x(pair)); 2]; 2]
+    }
+    #[inline(always)]
+    unsafe fn f16_pair_sum(acc: [F; 2]) -> F {
+        [pair_sum_f16(acc[0]), pair_sum_f16(acc[1])]
+    }
+
+    #[inline(always)]
+    unsafe fn splat_i(x: i32) -> I {
+        [_mm256_set1_epi32(x); 2]
+    }
+    #[inline(always)]
+    unsafe fn load_i(p: *const i32) -> I {
+        [load_bytes(p.cast()), load_bytes(p.add(8).cast())]
+    }
+    #[inline(always)]
+    unsafe fn add_i(a: I, b: I) -> I {
+        [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn and_i(a: I, b: I) -> I {
+        [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn max_i(a: I, b: I) -> I {
+        [_mm256_max_epi32(a[0], b[0]), _mm256_max_epi32(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn shl_i<const N: i32>(a: I) -> I {
+        [_mm256_slli_epi32::<N>(a[0]), _mm256_slli_epi32::<N>(a[1])]
+    }
+    #[inline(always)]
+    unsafe fn shr_i(a: I, n: u32) -> I {
+        let n = _mm_cvtsi32_si128(n as i32);
+        [_mm256_srl_epi32(a[0], n), _mm256_srl_epi32(a[1], n)]
+    }
+    #[inline(always)]
+    unsafe fn largest_i(a: I) -> i32 {
+        let eight = _mm256_max_epi32(a[0], a[1]);
+        let four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+        let two = _mm_max_epi32(four, _mm_shuffle_epi32::<0b11_10>(four));
+        _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32::<1>(two)))
+    }
+    #[inline(always)]
+    unsafe fn sum_i(a: I) -> i32 {
+        let eight = _mm256_add_epi32(a[0], a[1]);
+        let four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+        let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b11_10>(four));
+        _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two)))
+    }
+    #[inline(always)]
+    unsafe fn to_f(a: I) -> F {
+        [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])]
+    }
+    #[inline(always)]
+    unsafe fn round(a: F) -> I {
+        [_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1])]
+    }
+    #[inline(always)]
+    unsafe fn bits(a: F) -> I {
+        [_mm256_castps_si256(a[0]), _mm256_castps_si256(a[1])]
+    }
+    #[inline(always)]
+    unsafe fn from_bits(a: I) -> F {
+        [_mm256_castsi256_ps(a[0]), _mm256_castsi256_ps(a[1])]
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, a: I) {
+        let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a[0], a[1]));
+        _mm_storeu_si128(p.cast(), _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words)));
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+    }
+}
+
+impl Kernel for Avx2 {
+    type V = Self;
+
+    /// `maddubs` adds two products in i16. Nibbles are at most 15, so eight of them (16·15·127 = 30,480) fit before
+    /// they are widened; a byte weight is its two nibbles, low + 16·high, each exact in the same way.
+    #[inline(always)]
+    unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], _: [i32; R]) -> [I; R] {
+        let nibble = _mm256_set1_epi8(15);
+        let ones = _mm256_set1_epi16(1);
+        let mut out = [[_mm256_setzero_si256(); 2]; R];
+        if BITS == 4 {
+            for four in 0..BLK / 32 {
+                let mut acc = [[_mm256_setzero_si256(); 2]; R];
+                for line in four * 4..four * 4 + 4 {
+                    let at = w.add(line * 64);
+                    let bytes = [load_bytes(at), load_bytes(at.add(32))];
+                    let low = [_mm256_and_si256(bytes[0], nibble), _mm256_and_si256(bytes[1], nibble)];
+                    let high = [_mm256_and_si256(_mm256_srli_epi16::<4>(bytes[0]), nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(bytes[1]), nibble)];
+                    for r in 0..R {
+                        let x0 = _mm256_set1_epi32(x[r].add(line * 8).cast::<i32>().read_unaligned());
+                        let x1 = _mm256_set1_epi32(x[r].add(line * 8 + 4).cast::<i32>().read_unaligned());
+                        for h in 0..2 {
+                            acc[r][h] = _mm256_add_epi16(acc[r][h], _mm256_maddubs_epi16(low[h], x0));
+                            acc[r][h] = _mm256_add_epi16(acc[r][h], _mm256_maddubs_epi16(high[h], x1));
+                        }
+                    }
+                }
+                for r in 0..R {
+                    for h in 0..2 {
+                        out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(acc[r][h], ones));
+                    }
+                }
+            }
+        } else {
+            let sixteens = _mm256_set1_epi16(16);
+            // One half of the rows at a time, for the registers' sake.
+            for eight in 0..BLK / 32 {
+                for h in 0..2 {
+                    let mut acc = [[_mm256_setzero_si256(); 2]; R];
+                    for line in eight * 8..eight * 8 + 8 {
+                        let bytes = load_bytes(w.add(line * 64 + h * 32));
+                        let low = _mm256_and_si256(bytes, nibble);
+                        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble);
+                        for r in 0..R {
+                            let x = _mm256_set1_epi32(x[r].add(line * 4).cast::<i32>().read_unaligned());
+                            acc[r][0] = _mm256_add_epi16(acc[r][0], _mm256_maddubs_epi16(low, x));
+                            acc[r][1] = _mm256_add_epi16(acc[r][1], _mm256_maddubs_epi16(high, x));
+                        }
+                    }
+                    for r in 0..R {
+                        let low = _mm256_madd_epi16(acc[r][0], ones);
+                        out[r][h] = _mm256_add_epi32(out[r][h], _mm256_add_epi32(low, _mm256_madd_epi16(acc[r][1], sixteens)));
+                    }
+                }
+            }
+        }
+        out
+    }
+}

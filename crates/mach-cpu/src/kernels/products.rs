@@ -1,0 +1,455 @@
+//! Matrix products: 16 output rows of one packed tile times activation rows.
+//!
+//! The order of float operations is fixed per output row and does not depend on the number of activation rows:
+//! * plain weights: two chains of fused multiply-adds, over even and over odd columns, added at the end;
+//! * affine weights: blocks in column order, each `acc = fma(scale, xs·isum, acc)` and then
+//!   `acc = fma(bias, xs·xsum, acc)` with exact integers `isum` and `xsum`; last the outliers in column order.
+
+use mach_backend::KV_BLOCK;
+use mach_format::{PackedLayout, ScaleType, TILE_ROWS, WeightFormat};
+
+use super::simd::{Kernel, LANES, Simd};
+
+const _: () = assert!(TILE_ROWS == LANES && KV_BLOCK.is_multiple_of(LANES));
+
+/// Most activation rows that one kernel call takes.
+pub(crate) const MAX_ROWS: usize = 64;
+
+/// Bytes that a streaming kernel asks for ahead of use.
+const PREFETCH: usize = 1536;
+
+/// Columns of a tile that stay in L1 together with some activation rows.
+const PANEL: usize = 2048;
+
+/// Rows of f32 activations.
+#[derive(Clone, Copy)]
+pub(crate) struct PlainRows {
+    pub x: *const f32,
+    pub stride: usize,
+}
+
+/// Rows of activations quantised to int8 in blocks; see `ops::quant`.
+#[derive(Clone, Copy)]
+pub(crate) struct QuantRows {
+    /// `[rows][cols]`.
+    pub q: *const i8,
+    pub cols: usize,
+    /// Columns per block, 32 or 64.
+    pub block: usize,
+    /// Per block: scale `xs`, `xs · Σq`, `Σq`.
+    pub scale: *const f32,
+    pub bias: *const f32,
+    pub sum: *const i32,
+    /// Outliers of each row: how many, and one bit per column.
+    pub outliers: *const u32,
+    pub mask: *const u64,
+    /// The f32 row of each row.
+    pub x: *const *const f32,
+}
+
+// SAFETY: while rows are quantised each is written by one thread; afterwards they are only read.
+unsafe impl Sync for QuantRows {}
+
+impl QuantRows {
+    pub fn blocks(&self) -> usize {
+        self.cols / self.block
+    }
+    /// Words of one row's mask.
+    pub fn words(&self) -> usize {
+        self.cols.div_ceil(64)
+    }
+}
+
+/// Quantises row `row`: splits off outliers, then rounds blocks to int8.
+///
+/// # Safety
+/// All of `to` is writable for that row; `x` has `to.cols` values, a multiple of the block.
+#[inline(always)]
+pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
+    let (x, cols, block) = (*to.x.add(row), to.cols, to.block);
+    // The mean of |x| without what is far above it, by two passes; an outlier is 8 times that.
+    let mut total = V::splat(0.0);
+    for c in (0..cols).step_by(LANES) {
+        total = V::add(total, V::abs(V::load(x.add(c))));
+    }
+    let limit = V::splat(4.0 * (V::sum(total) / cols as f32));
+    let (mut kept, mut count) = (V::splat(0.0), V::splat(0.0));
+    for c in (0..cols).step_by(LANES) {
+        let a = V::abs(V::load(x.add(c)));
+        kept = V::add(kept, V::zero_where_gt(a, limit, a));
+        count = V::add(count, V::zero_where_gt(a, limit, V::splat(1.0)));
+    }
+    let mean = V::sum(kept) / V::sum(count);
+    let threshold = V::splat(if mean > 0.0 { 8.0 * mean } else { f32::INFINITY });
+
+    let q = to.q.cast_mut().add(row * cols);
+    let mask = to.mask.cast_mut().add(row * to.words());
+    let mut outliers = 0;
+    for word in 0..to.words() {
+        let mut bits = 0;
+        for c in (word * 64..cols.min(word * 64 + 64)).step_by(LANES) {
+            bits |= u64::from(V::gt_bits(V::abs(V::load(x.add(c))), threshold)) << (c % 64);
+        }
+        *mask.add(word) = bits;
+        outliers += bits.count_ones();
+    }
+    *to.outliers.cast_mut().add(row) = outliers;
+
+    for b in 0..to.blocks() {
+        let at = x.add(b * block);
+        // Integer maximum of the bits, so that a NaN is seen everywhere alike.
+        let mut largest = V::splat_i(0);
+        for c in (0..block).step_by(LANES) {
+            let v = V::load(at.add(c));
+            let a = V::abs(v);
+            largest = V::max_i(largest, V::bits(V::zero_where_gt(a, threshold, a)));
+        }
+        let amax = f32::from_bits(V::largest_i(largest) as u32);
+        let (scale, inverse) = if amax.is_finite() && amax > 1e-30 {
+            (amax / 127.0, 127.0 / amax)
+        } else if amax.is_finite() {
+            (0.0, 0.0)
+        } else {
+            (f32::NAN, f32::NAN)
+        };
+        let mut sum = V::splat_i(0);
+        for c in (0..block).step_by(LANES) {
+            let v = V::load(at.add(c));
+            let v = V::zero_where_gt(V::abs(v), threshold, v);
+            let i = if inverse.is_nan() { V::splat_i(0) } else { V::round(V::mul(v, V::splat(inverse))) };
+            V::store_i8(q.add(b * block + c), i);
+            sum = V::add_i(sum, i);
+        }
+        let (sum, at) = (V::sum_i(sum), row * to.blocks() + b);
+        *to.scale.cast_mut().add(at) = scale;
+        *to.sum.cast_mut().add(at) = sum;
+        *to.bias.cast_mut().add(at) = scale * sum as f32;
+    }
+}
+
+#[inline(always)]
+unsafe fn load_scales<V: Simd>(p: *const u8, ty: ScaleType) -> V::F {
+    match ty {
+        ScaleType::F32 => V::load(p.cast()),
+        ScaleType::F16 => V::load_f16(p.cast()),
+        ScaleType::BF16 => V::load_bf16(p.cast()),
+    }
+}
+
+/// The layout of an affine tile, unpacked.
+#[derive(Clone, Copy)]
+struct Affine {
+    bits: usize,
+    group: usize,
+    scales: ScaleType,
+    group_bytes: usize,
+}
+
+impl Affine {
+    #[inline(always)]
+    fn of(layout: &PackedLayout) -> Self {
+        match layout.format {
+            WeightFormat::Affine { bits, group, scales } => Self { bits: bits.into(), group: group.into(), scales, group_bytes: layout.group_bytes() },
+            format => unreachable!("{format} weights are not affine"),
+        }
+    }
+
+    /// Scales and biases of the group block at `group`.
+    #[inline(always)]
+    unsafe fn scales<V: Simd>(&self, group: *const u8) -> (V::F, V::F) {
+        let at = group.add(self.group * LANES * self.bits / 8);
+        (load_scales::<V>(at, self.scales), load_scales::<V>(at.add(LANES * self.scales.bytes()), self.scales))
+    }
+
+    /// Column `c` of the tile as numbers, given its group's scales.
+    #[inline(always)]
+    unsafe fn column<V: Simd>(&self, group: *const u8, within: usize, scale: V::F, bias: V::F) -> V::F {
+        let (line, shift, mask) =
+            if self.bits == 8 { (within / 4, within % 4 * 8, 255) } else { (within / 8, within % 4 * 8 + if within % 8 < 4 { 0 } else { 4 }, 15) };
+        let q = V::and_i(V::shr_i(V::load_i(group.add(line * 64).cast()), shift as u32), V::splat_i(mask));
+        V::fma(scale, V::to_f(q), bias)
+    }
+}
+
+/// `out[i][0..16]` = tile × quantised row `rows[i]`, for at most [`MAX_ROWS`] rows.
+///
+/// # Safety
+/// `tile` has `layout.tile_bytes()` bytes, `rows` are rows of `acts`, `out` has 16 values for each.
+#[inline(always)]
+pub(crate) unsafe fn affine_tile<K: Kernel>(layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+    let format = Affine::of(layout);
+    match (format.bits, acts.block) {
+        (4, 64) => affine_blocks::<K, 4, 64>(format, tile, acts, rows, out),
+        (4, _) => affine_blocks::<K, 4, 32>(format, tile, acts, rows, out),
+        (_, 64) => affine_blocks::<K, 8, 64>(format, tile, acts, rows, out),
+        _ => affine_blocks::<K, 8, 32>(format, tile, acts, rows, out),
+    }
+    for (i, &row) in rows.iter().enumerate() {
+        if *acts.outliers.add(row as usize) > 0 {
+            add_outliers::<K::V>(format, tile, acts, row as usize, out.add(i * LANES));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn affine_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Affine, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+    let blocks = acts.cols / BLK;
+    let wide = K::WIDE && rows.len() > 4;
+    if wide {
+        K::begin::<BLK>();
+    }
+    for first in (0..blocks).step_by(PANEL / BLK) {
+        let panel = first..blocks.min(first + PANEL / BLK);
+        let mut i = 0;
+        while i < rows.len() {
+            let (rest, to) = (&rows[i..], out.add(i * LANES));
+            let panel = panel.clone();
+            i += if wide {
+                affine_wide::<K, BITS, BLK>(format, tile, acts, rest, panel, to)
+            } else {
+                match rest.len() {
+                    1 => affine_rows::<K, BITS, BLK, 1>(format, tile, acts, rest, panel, to),
+                    2 => affine_rows::<K, BITS, BLK, 2>(format, tile, acts, rest, panel, to),
+                    3 => affine_rows::<K, BITS, BLK, 3>(format, tile, acts, rest, panel, to),
+                    _ => affine_rows::<K, BITS, BLK, 4>(format, tile, acts, rest, panel, to),
+                }
+            };
+        }
+    }
+    if wide {
+        K::end();
+    }
+}
+
+/// Lines of block `j` and its group block.
+#[inline(always)]
+unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Affine, tile: *const u8, j: usize) -> (*const u8, *const u8) {
+    let column = j * BLK;
+    let group = tile.add(column / format.group * format.group_bytes);
+    (group.add(column % format.group * LANES * BITS as usize / 8), group)
+}
+
+#[inline(always)]
+unsafe fn affine_rows<K: Kernel, const BITS: u8, const BLK: usize, const R: usize>(
+    format: Affine,
+    tile: *const u8,
+    acts: &QuantRows,
+    rows: &[u32],
+    panel: std::ops::Range<usize>,
+    out: *mut f32,
+) -> usize {
+    let blocks = acts.cols / BLK;
+    let mut acc = [K::V::splat(0.0); R];
+    let mut x = [acts.q; R];
+    let mut at = [0; R];
+    for r in 0..R {
+        if panel.start > 0 {
+            acc[r] = K::V::load(out.add(r * LANES));
+        }
+        x[r] = acts.q.add(rows[r] as usize * acts.cols);
+        at[r] = rows[r] as usize * blocks;
+    }
+    for j in panel {
+        let (lines, group) = block_at::<BITS, BLK>(format, tile, j);
+        for line in 0..BLK * BITS as usize / 32 + 1 {
+            K::V::prefetch(lines.wrapping_add(PREFETCH + line * 64));
+        }
+        let (mut xj, mut sums) = (x, [0; R]);
+        for r in 0..R {
+            xj[r] = x[r].add(j * BLK);
+            sums[r] = *acts.sum.add(at[r] + j);
+        }
+        let isum = K::dot::<BITS, BLK, R>(lines, xj, sums);
+        let (scale, bias) = format.scales::<K::V>(group);
+        for r in 0..R {
+            let (xs, xb) = (K::V::splat(*acts.scale.add(at[r] + j)), K::V::splat(*acts.bias.add(at[r] + j)));
+            acc[r] = K::V::fma(scale, K::V::mul(xs, K::V::to_f(isum[r])), acc[r]);
+            acc[r] = K::V::fma(bias, xb, acc[r]);
+        }
+    }
+    for r in 0..R {
+        K::V::store(out.add(r * LANES), acc[r]);
+    }
+    R
+}
+
+/// The same arithmetic, integers from the matrix unit.
+#[inline(always)]
+unsafe fn affine_wide<K: Kernel, const BITS: u8, const BLK: usize>(
+    format: Affine,
+    tile: *const u8,
+    acts: &QuantRows,
+    rows: &[u32],
+    panel: std::ops::Range<usize>,
+    out: *mut f32,
+) -> usize {
+    let n = rows.len().min(LANES);
+    let blocks = acts.cols / BLK;
+    let mut isum = [[0; LANES]; LANES];
+    let mut x = [acts.q; LANES];
+    let mut acc = [K::V::splat(0.0); LANES];
+    if panel.start > 0 {
+        for r in 0..n {
+            acc[r] = K::V::load(out.add(r * LANES));
+        }
+    }
+    for j in panel {
+        let (lines, group) = block_at::<BITS, BLK>(format, tile, j);
+        for r in 0..n {
+            x[r] = acts.q.add(rows[r] as usize * acts.cols + j * BLK);
+        }
+        K::dot_wide::<BITS, BLK>(lines, &x[..n], &mut isum);
+        let (scale, bias) = format.scales::<K::V>(group);
+        for r in 0..n {
+            let at = rows[r] as usize * blocks + j;
+            let (xs, xb) = (K::V::splat(*acts.scale.add(at)), K::V::splat(*acts.bias.add(at)));
+            acc[r] = K::V::fma(scale, K::V::mul(xs, K::V::to_f(K::V::load_i(isum[r].as_ptr()))), acc[r]);
+            acc[r] = K::V::fma(bias, xb, acc[r]);
+        }
+    }
+    for r in 0..n {
+        K::V::store(out.add(r * LANES), acc[r]);
+    }
+    n
+}
+
+/// Adds the columns that were left out of the int8 blocks, in f32.
+#[inline(always)]
+unsafe fn add_outliers<V: Simd>(format: Affine, tile: *const u8, acts: &QuantRows, row: usize, out: *mut f32) {
+    let x = *acts.x.add(row);
+    let mut acc = V::load(out);
+    for word in 0..acts.words() {
+        let mut bits = *acts.mask.add(row * acts.words() + word);
+        while bits != 0 {
+            let column = word * 64 + bits.trailing_zeros() as usize;
+            bits &= bits - 1;
+            let group = tile.add(column / format.group * format.group_bytes);
+            let (scale, bias) = format.scales::<V>(group);
+            acc = V::fma(format.column::<V>(group, column % format.group, scale, bias), V::splat(*x.add(column)), acc);
+        }
+    }
+    V::store(out, acc);
+}
+
+/// Writes an affine tile as an `F32` tile, `[cols][16]`.
+///
+/// # Safety
+/// `tile` has `layout.tile_bytes()` bytes, `out` takes `16·cols` values.
+#[inline(always)]
+pub(crate) unsafe fn dequantise_tile<V: Simd>(layout: &PackedLayout, tile: *const u8, out: *mut f32) {
+    let format = Affine::of(layout);
+    for g in 0..layout.cols / format.group {
+        let group = tile.add(g * format.group_bytes);
+        let (scale, bias) = format.scales::<V>(group);
+        for within in 0..format.group {
+            V::store(out.add((g * format.group + within) * LANES), format.column::<V>(group, within, scale, bias));
+        }
+    }
+}
+
+/// `out[t][i][0..16]` = plain tile `t` of `tiles` × row `rows[i]`.
+///
+/// # Safety
+/// `data` has `tiles` tiles of `layout`, `rows` are rows of `acts`, `out` has 16 values for each tile and row.
+#[inline(always)]
+pub(crate) unsafe fn plain_tiles<V: Simd>(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32) {
+    match layout.format {
+        WeightFormat::F32 => plain_format::<V, 0>(layout, data, tiles, acts, rows, out),
+        WeightFormat::F16 => plain_format::<V, 1>(layout, data, tiles, acts, rows, out),
+        WeightFormat::BF16 => plain_format::<V, 2>(layout, data, tiles, acts, rows, out),
+        format => unreachable!("{format} weights are not plain"),
+    }
+}
+
+#[inline(always)]
+unsafe fn plain_format<V: Simd, const FORMAT: u8>(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32) {
+    let (bytes, per_tile) = (layout.tile_bytes(), rows.len() * LANES);
+    let mut t = 0;
+    while t < tiles {
+        let (tile, to) = (data.add(t * bytes), out.add(t * per_tile));
+        // One row alone has too few chains to hide the latency of a multiply-add: two tiles go together.
+        if rows.len() == 1 && t + 2 <= tiles {
+            plain_rows::<V, FORMAT, 2, 1>([tile, tile.add(bytes)], layout.cols, acts, rows, [to, to.add(per_tile)]);
+            t += 2;
+            continue;
+        }
+        let mut i = 0;
+        while i + 2 <= rows.len() {
+            plain_rows::<V, FORMAT, 1, 2>([tile], layout.cols, acts, &rows[i..], [to.add(i * LANES)]);
+            i += 2;
+        }
+        if i < rows.len() {
+            plain_rows::<V, FORMAT, 1, 1>([tile], layout.cols, acts, &rows[i..], [to.add(i * LANES)]);
+        }
+        t += 1;
+    }
+}
+
+#[inline(always)]
+unsafe fn plain_rows<V: Simd, const FORMAT: u8, const T: usize, const R: usize>(
+    tiles: [*const u8; T],
+    cols: usize,
+    acts: &PlainRows,
+    rows: &[u32],
+    out: [*mut f32; T],
+) {
+    let line = if FORMAT == 0 { 128 } else { 64 };
+    let mut acc = [[[V::splat(0.0); 2]; R]; T];
+    let mut x = [acts.x; R];
+    for r in 0..R {
+        x[r] = acts.x.add(rows[r] as usize * acts.stride);
+    }
+    for pair in 0..cols / 2 {
+        plain_step::<V, FORMAT, T, R>(&mut acc, tiles, pair * line, x.map(|x| (*x.add(pair * 2), *x.add(pair * 2 + 1))));
+    }
+    if cols % 2 == 1 {
+        let last = x.map(|x| *x.add(cols - 1));
+        let at = cols / 2 * line;
+        if FORMAT == 0 {
+            for t in 0..T {
+                let w = V::load(tiles[t].add(at).cast());
+                for r in 0..R {
+                    acc[t][r][0] = V::fma(w, V::splat(last[r]), acc[t][r][0]);
+                }
+            }
+        } else {
+            plain_step::<V, FORMAT, T, R>(&mut acc, tiles, at, last.map(|x| (x, 0.0)));
+        }
+    }
+    for t in 0..T {
+        for r in 0..R {
+            let sum = if FORMAT == 1 { V::f16_pair_sum(acc[t][r]) } else { V::add(acc[t][r][0], acc[t][r][1]) };
+            V::store(out[t].add(r * LANES), sum);
+        }
+    }
+}
+
+/// One pair of columns.
+#[inline(always)]
+unsafe fn plain_step<V: Simd, const FORMAT: u8, const T: usize, const R: usize>(
+    acc: &mut [[[V::F; 2]; R]; T],
+    tiles: [*const u8; T],
+    at: usize,
+    x: [(f32, f32); R],
+) {
+    for t in 0..T {
+        let line = tiles[t].add(at);
+        V::prefetch(line.wrapping_add(PREFETCH));
+        let w = match FORMAT {
+            0 => {
+                V::prefetch(line.wrapping_add(PREFETCH + 64));
+                [V::load(line.cast()), V::load(line.add(64).cast())]
+            }
+            1 => V::f16_pairs(line),
+            _ => {
+                let pairs = V::load_i(line.cast());
+                [V::from_bits(V::shl_i::<16>(pairs)), V::from_bits(V::and_i(pairs, V::splat_i(0xffff_0000_u32 as i32)))]
+            }
+        };
+        for r in 0..R {
+            let x = if FORMAT == 1 { V::f16_pair_x(x[r].0, x[r].1) } else { [V::splat(x[r].0), V::splat(x[r].1)] };
+            acc[t][r][0] = V::fma(w[0], x[0], acc[t][r][0]);
+            acc[t][r][1] = V::fma(w[1], x[1], acc[t][r][1]);
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! What an instruction set must offer: 16 f32 lanes, and exact integer products of packed weights.
+//!
+//! Kernels are written once over these two traits. Every operation is exactly rounded or exact, so all
+//! implementations give the same bytes; nothing here may use an approximation (`rcp`, `rsqrt`) or reassociate.
+
+/// Virtual lanes of every vector, whatever the registers hold.
+pub(crate) const LANES: usize = 16;
+
+/// 16 lanes of f32 and i32.
+///
+/// # Safety
+/// Every function needs the instruction set of the implementation, and pointers that are valid for what it says to read
+/// or write (16 elements unless stated). No alignment is needed.
+pub(crate) trait Simd: Copy + 'static {
+    /// 16 × f32.
+    type F: Copy;
+    /// 16 × i32.
+    type I: Copy;
+
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
+    unsafe fn store(p: *mut f32, v: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// `a·b + c`, rounded once.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `a > b ? a : b`, so that a NaN in `b` stays.
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    /// `a < b ? a : b`.
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn abs(a: Self::F) -> Self::F;
+    /// `a > b ? 0 : x`.
+    unsafe fn zero_where_gt(a: Self::F, b: Self::F, x: Self::F) -> Self::F;
+    /// Bit `i` is `a[i] > b[i]`.
+    unsafe fn gt_bits(a: Self::F, b: Self::F) -> u32;
+    /// Lanes `i + 8`, `i + 4`, `i + 2`, `i + 1` are added to lane `i`, in this order of halving.
+    unsafe fn sum(a: Self::F) -> f32;
+
+    /// f16 → f32.
+    unsafe fn load_f16(p: *const u16) -> Self::F;
+    /// bf16 → f32.
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
+    /// 16 pairs of f16, one per output row, in whatever lane order suits; see the next two.
+    unsafe fn f16_pairs(p: *const u8) -> [Self::F; 2];
+    /// Two activations spread to match [`Simd::f16_pairs`].
+    unsafe fn f16_pair_x(even: f32, odd: f32) -> [Self::F; 2];
+    /// Even chain + odd chain of each output row.
+    unsafe fn f16_pair_sum(acc: [Self::F; 2]) -> Self::F;
+
+    unsafe fn splat_i(x: i32) -> Self::I;
+    unsafe fn load_i(p: *const i32) -> Self::I;
+    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn and_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn max_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn shl_i<const N: i32>(a: Self::I) -> Self::I;
+    /// All lanes shifted right (logically) by the same `n`.
+    unsafe fn shr_i(a: Self::I, n: u32) -> Self::I;
+    /// Largest lane.
+    unsafe fn largest_i(a: Self::I) -> i32;
+    /// Sum of the lanes.
+    unsafe fn sum_i(a: Self::I) -> i32;
+    /// Integers as numbers.
+    unsafe fn to_f(a: Self::I) -> Self::F;
+    /// Rounded to the nearest, ties to even; lanes must be within ±2³⁰ or ignored later.
+    unsafe fn round(a: Self::F) -> Self::I;
+    /// The lanes' bits.
+    unsafe fn bits(a: Self::F) -> Self::I;
+    /// Numbers with these bits.
+    unsafe fn from_bits(a: Self::I) -> Self::F;
+    /// Stores the lanes, all within ±127, as bytes.
+    unsafe fn store_i8(p: *mut i8, a: Self::I);
+
+    /// Asks for the line at `p`, which need not be valid.
+    unsafe fn prefetch(p: *const u8);
+}
+
+/// A kernel set: vectors and the integer products.
+pub(crate) trait Kernel: 'static {
+    type V: Simd;
+
+    /// Exact `Σ_k q[row][k] · x[r][k]` over one block of `BLK` columns of a packed tile for 16 rows and `R` activation rows.
+    ///
+    /// `sums[r]` is `Σ_k x[r][k]`, for sets whose weights must be signed.
+    ///
+    /// # Safety
+    /// Needs the instruction set; `w` is valid for the lines of `BLK` columns, each `x[r]` for `BLK` bytes within ±127.
+    unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], sums: [i32; R]) -> [<Self::V as Simd>::I; R];
+
+    /// Exact products of up to 16 activation rows at once, where the set has a matrix unit: `out[r][row]`.
+    /// Returns false where it has none.
+    ///
+    /// # Safety
+    /// As [`Kernel::dot`]; `out` has 16 rows of 16.
+    #[inline(always)]
+    unsafe fn dot_wide<const BITS: u8, const BLK: usize>(_w: *const u8, _x: &[*const i8], _out: &mut [[i32; LANES]; LANES]) {}
+    /// Whether [`Kernel::dot_wide`] works.
+    const WIDE: bool = false;
+
+    /// Comes before [`Kernel::dot_wide`] on this thread.
+    ///
+    /// # Safety
+    /// Needs the instruction set.
+    #[inline(always)]
+    unsafe fn begin<const BLK: usize>() {}
+    /// Comes after it.
+    ///
+    /// # Safety
+    /// Needs the instruction set.
+    #[inline(always)]
+    unsafe fn end() {}
+}

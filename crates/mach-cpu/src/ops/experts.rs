@@ -1,0 +1,174 @@
+//! Routed experts: gate|up, down and the ordered sum.
+
+use mach_backend::{ExpertJob, ExpertLayout};
+use mach_format::PackedLayout;
+
+use super::linear::{Acts, Product, Scratch, activate, add_scaled, block, plain, products};
+use super::quant::QuantBuffer;
+use super::{Context, Shared};
+use crate::kernels::LANES;
+use crate::memory::{Bank, PartGuard};
+use crate::tensor::Tensor;
+
+/// Numbers the distinct rows that the jobs of a call use, so that each is quantised once.
+#[derive(Default)]
+pub(crate) struct RowMap {
+    number: Vec<u32>,
+    distinct: Vec<u32>,
+    mapped: Vec<u32>,
+}
+
+impl RowMap {
+    /// Fills `distinct` and `mapped` (all jobs' rows one after another).
+    fn build<'a>(&mut self, lists: impl Iterator<Item = &'a [u32]>, rows: usize) {
+        self.number.clear();
+        self.number.resize(rows, u32::MAX);
+        self.distinct.clear();
+        self.mapped.clear();
+        for &row in lists.flatten() {
+            let number = &mut self.number[row as usize];
+            if *number == u32::MAX {
+                *number = self.distinct.len() as u32;
+                self.distinct.push(row);
+            }
+            self.mapped.push(*number);
+        }
+    }
+}
+
+/// Read locks of one part of all the jobs' slots, and where the parts lie.
+fn lock<'a>(mem: &'a Bank, jobs: &[ExpertJob<'_>], part: usize, bytes: usize) -> (Vec<PartGuard<'a>>, Vec<*const u8>) {
+    use mach_backend::ExpertMemory;
+    assert!(mem.part_bytes()[part] >= bytes, "a part of {bytes} bytes in a slot of {}", mem.part_bytes()[part]);
+    let mut guards = Vec::with_capacity(jobs.len());
+    let mut data: Vec<*const u8> = Vec::with_capacity(jobs.len());
+    for (i, job) in jobs.iter().enumerate() {
+        // Never twice for one slot: a second read lock behind a waiting writer would block for ever.
+        if let Some(before) = jobs[..i].iter().position(|j| j.slot == job.slot) {
+            data.push(data[before]);
+        } else {
+            let (guard, at) = mem.read(job.slot, part);
+            guards.push(guard);
+            data.push(at);
+        }
+    }
+    (guards, data)
+}
+
+/// Activations of `lists` (rows of `x`) for weights of `layout`; returns them with the rows to use, list after list.
+///
+/// # Safety
+/// `x` outlives the result.
+unsafe fn activations<'a, 'b>(
+    cx: Context<'_>,
+    map: &'b mut RowMap,
+    quant: &mut [QuantBuffer; 2],
+    layout: &PackedLayout,
+    x: &Tensor,
+    lists: impl Iterator<Item = &'a [u32]>,
+) -> (Acts, &'b [u32]) {
+    assert_eq!(layout.cols, x.cols(), "columns of expert and input");
+    map.build(lists, x.rows());
+    match block(layout.format) {
+        // SAFETY: `build` indexed by every row, so all are rows of `x`.
+        Some(block) => (Acts::Quant(unsafe { quant[block / 64].quantise(cx, plain(x), &map.distinct, x.cols(), block) }), &map.mapped),
+        None => {
+            for number in &mut map.mapped {
+                *number = map.distinct[*number as usize];
+            }
+            (Acts::Plain(plain(x)), &map.mapped)
+        }
+    }
+}
+
+/// One product per job.
+fn expert_products<'a>(layout: PackedLayout, per: usize, data: &[*const u8], acts: Acts, mut rows: &'a [u32], jobs: &[ExpertJob<'_>]) -> Vec<Product<'a>> {
+    let mut list = Vec::with_capacity(jobs.len());
+    for (&data, job) in data.iter().zip(jobs) {
+        let (mine, rest) = rows.split_at(job.rows.len());
+        rows = rest;
+        list.push(Product { layout, data, per, acts, rows: mine });
+    }
+    list
+}
+
+fn check(jobs: &[ExpertJob<'_>], outs: usize) {
+    for job in jobs {
+        assert_eq!(job.rows.len(), job.outs.len(), "rows and outputs of an expert job");
+        assert!(job.outs.iter().all(|&o| (o as usize) < outs), "an output row beyond {outs}");
+    }
+}
+
+pub(crate) fn gate_up(cx: Context<'_>, scratch: &mut Scratch, layout: &ExpertLayout, mem: &Bank, jobs: &[ExpertJob<'_>], x: &Tensor, act: &mut Tensor) {
+    check(jobs, act.rows());
+    let half = layout.gate_up.half;
+    assert_eq!(half.rows, act.cols(), "columns of the activation buffer");
+    let (_guards, data) = lock(mem, jobs, 0, layout.gate_up.bytes());
+    // SAFETY: shapes checked; the guards keep the weights; output rows of a call are distinct.
+    unsafe {
+        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &half, x, jobs.iter().map(|j| j.rows));
+        let list = expert_products(half, 2, &data, acts, rows, jobs);
+        let to = Shared::new(act.values_mut());
+        products(cx, &list, &|done| activate(cx, layout.activation, done, half.rows, to, |i| jobs[done.product].outs[i] as usize));
+    }
+}
+
+pub(crate) fn down(cx: Context<'_>, scratch: &mut Scratch, layout: &ExpertLayout, mem: &Bank, jobs: &[ExpertJob<'_>], act: &Tensor, y: &mut Tensor) {
+    check(jobs, act.rows().min(y.rows()));
+    assert_eq!(layout.down.rows, y.cols(), "columns of the expert outputs");
+    let (_guards, data) = lock(mem, jobs, 1, layout.down.bytes());
+    // SAFETY: as in `gate_up`.
+    unsafe {
+        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &layout.down, act, jobs.iter().map(|j| j.outs));
+        let list = expert_products(layout.down, 1, &data, acts, rows, jobs);
+        let (to, cols) = (Shared::new(y.values_mut()), layout.down.rows);
+        products(cx, &list, &|done| {
+            let (column, n) = (done.tile * LANES, (cols - done.tile * LANES).min(LANES));
+            for i in 0..done.n {
+                let row = jobs[done.product].outs[done.first + i] as usize;
+                std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), to.at(row * cols + column), n);
+            }
+        });
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn down_add(
+    cx: Context<'_>,
+    scratch: &mut Scratch,
+    layout: &ExpertLayout,
+    mem: &Bank,
+    job: &ExpertJob<'_>,
+    weights: &[f32],
+    act: &Tensor,
+    out: &mut Tensor,
+) {
+    let jobs = std::slice::from_ref(job);
+    check(jobs, act.rows());
+    assert!(job.rows.iter().all(|&r| (r as usize) < out.rows()), "an output row beyond {}", out.rows());
+    assert_eq!(weights.len(), job.rows.len(), "one weight per row");
+    assert_eq!(layout.down.rows, out.cols(), "columns of the output");
+    let (_guards, data) = lock(mem, jobs, 1, layout.down.bytes());
+    // SAFETY: as in `gate_up`; a row goes through an expert once.
+    unsafe {
+        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &layout.down, act, std::iter::once(job.outs));
+        let list = expert_products(layout.down, 1, &data, acts, rows, jobs);
+        let (to, cols) = (Shared::new(out.values_mut()), layout.down.rows);
+        products(cx, &list, &|done| add_scaled(cx, done, cols, to, |i| job.rows[i] as usize, |i| weights[i]));
+    }
+}
+
+pub(crate) fn reduce(cx: Context<'_>, y: &Tensor, rows: usize, order: &[u32], weights: &[f32], out: &mut Tensor) {
+    assert!(rows <= out.rows() && out.cols() == y.cols() && order.len() == weights.len(), "shapes of the expert sum");
+    let (cols, k) = (y.cols(), order.len().checked_div(rows).unwrap_or(0));
+    let to = Shared::new(out.values_mut());
+    cx.rows(rows, k * cols, &|r| {
+        // SAFETY: row `r` of `out` is this call's alone; rows of `y` are checked by `part`.
+        unsafe {
+            std::ptr::write_bytes(to.at(r * cols), 0, cols);
+            for j in r * k..(r + 1) * k {
+                (cx.k.add_scaled)(to.at(r * cols), weights[j], y.part(order[j] as usize, 1).as_ptr(), cols);
+            }
+        }
+    });
+}

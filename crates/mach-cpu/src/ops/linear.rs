@@ -1,0 +1,305 @@
+//! Matrix products over tiles, and the linear and feed-forward operations.
+
+use mach_backend::Activation;
+use mach_format::{AlignedBytes, PackedLayout, PackedMatrix, WeightFormat};
+
+use super::quant::QuantBuffer;
+use super::{Context, Shared, grown, with_scratch};
+use crate::kernels::{LANES, MAX_ROWS, PlainRows, QuantRows};
+use crate::tensor::Tensor;
+
+/// Affine weights with at most this many rows are multiplied in f32: router-like and recurrence projections, whose
+/// errors weigh more than their cost.
+const SMALL_ROWS: usize = 64;
+
+/// A packed linear weight.
+pub struct Weight {
+    pub(crate) layout: PackedLayout,
+    data: AlignedBytes,
+}
+
+impl Weight {
+    pub(crate) fn new(m: PackedMatrix) -> Self {
+        assert!(m.data.len() >= m.layout.bytes(), "{} bytes for a weight of {}", m.data.len(), m.layout.bytes());
+        Self { layout: m.layout, data: m.data }
+    }
+
+    pub(crate) fn data(&self) -> *const u8 {
+        self.data.as_ptr()
+    }
+}
+
+/// A packed gate|up pair.
+pub struct GateUp {
+    half: PackedLayout,
+    data: AlignedBytes,
+}
+
+impl GateUp {
+    pub(crate) fn new(half: PackedLayout, data: AlignedBytes) -> Self {
+        assert!(data.len() >= 2 * half.bytes(), "{} bytes for a gate|up pair of {}", data.len(), 2 * half.bytes());
+        Self { half, data }
+    }
+}
+
+/// Activations in the form that a weight format takes.
+#[derive(Clone, Copy)]
+pub(crate) enum Acts {
+    Plain(PlainRows),
+    Quant(QuantRows),
+    /// f32 activations for an affine weight, whose tiles are dequantised on the way.
+    Exact(PlainRows),
+}
+
+/// Columns per activation block for a quantised format, `None` for a plain one.
+pub(crate) fn block(format: WeightFormat) -> Option<usize> {
+    match format {
+        WeightFormat::Affine { group, .. } => Some(usize::from(group.min(64))),
+        _ => None,
+    }
+}
+
+pub(crate) fn plain(x: &Tensor) -> PlainRows {
+    PlainRows { x: x.values().as_ptr(), stride: x.cols() }
+}
+
+/// f32 activations in the form that `format` takes.
+pub(crate) fn exact(format: WeightFormat, x: PlainRows) -> Acts {
+    if format.is_quantised() { Acts::Exact(x) } else { Acts::Plain(x) }
+}
+
+/// One matrix times some rows.
+pub(crate) struct Product<'a> {
+    pub layout: PackedLayout,
+    pub data: *const u8,
+    /// Tiles per unit of work: 2 for gate|up pairs, else 1.
+    pub per: usize,
+    pub acts: Acts,
+    /// Rows of `acts`.
+    pub rows: &'a [u32],
+}
+
+/// A finished unit of a product: `[per][n][16]` values of rows `first..first + n` of its list.
+pub(crate) struct Done<'a> {
+    pub product: usize,
+    pub tile: usize,
+    pub first: usize,
+    pub n: usize,
+    pub values: &'a [f32],
+}
+
+impl Done<'_> {
+    /// The 16 values of row `i` in tile `t` of the unit.
+    pub fn row(&self, t: usize, i: usize) -> &[f32] {
+        &self.values[(t * self.n + i) * LANES..][..LANES]
+    }
+}
+
+// SAFETY: weights and activations are only read while a region runs.
+unsafe impl Sync for Product<'_> {}
+
+/// Computes all units of all products as one parallel region and hands each to `sink`, on any thread.
+///
+/// # Safety
+/// Weights hold their layouts' bytes (`per` times), and rows are rows of the activations, whose columns fit.
+pub(crate) unsafe fn products(cx: Context<'_>, list: &[Product<'_>], sink: &(dyn Fn(&Done<'_>) + Sync)) {
+    let total: usize = list.iter().map(|p| p.layout.tiles()).sum();
+    let rows = list.iter().map(|p| p.rows.len()).max().unwrap_or(0);
+    // Long runs for streams; with many rows, as many tiles as stay in L2 beside the activations.
+    let most = if rows <= 4 { 64 } else { 8 };
+    let size = total.div_ceil(cx.pool.threads() * 4).clamp(1, most);
+    cx.pool.ranges(total, size, &|range| {
+        let mut start = 0;
+        for (index, product) in list.iter().enumerate() {
+            let tiles = product.layout.tiles();
+            let run = range.start.max(start).saturating_sub(start)..range.end.min(start + tiles).saturating_sub(start);
+            start += tiles;
+            if !run.is_empty() {
+                // SAFETY: the caller vouches for the products.
+                unsafe { run_tiles(cx, index, product, run, sink) };
+            }
+        }
+    });
+}
+
+unsafe fn run_tiles(cx: Context<'_>, index: usize, product: &Product<'_>, run: std::ops::Range<usize>, sink: &(dyn Fn(&Done<'_>) + Sync)) {
+    let mut buffer = [0.0; 2 * MAX_ROWS * LANES];
+    let bytes = product.layout.tile_bytes() * product.per;
+    for (chunk, rows) in product.rows.chunks(MAX_ROWS).enumerate() {
+        let n = rows.len();
+        let mut tile = run.start;
+        while tile < run.end {
+            // A single row does better with two plain tiles at once.
+            let units = if n == 1 && product.per == 1 { 2.min(run.end - tile) } else { 1 };
+            let count = units * product.per;
+            // SAFETY: `tile` lies inside the matrix; the buffer holds two tiles of MAX_ROWS rows.
+            unsafe { compute(cx, product, product.data.add(tile * bytes), count, rows, buffer.as_mut_ptr()) };
+            for unit in 0..units {
+                let values = &buffer[unit * product.per * n * LANES..][..product.per * n * LANES];
+                sink(&Done { product: index, tile: tile + unit, first: chunk * MAX_ROWS, n, values });
+            }
+            tile += units;
+        }
+    }
+}
+
+/// `count` tiles at `data` times `rows`, to `[count][rows][16]`.
+unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count: usize, rows: &[u32], out: *mut f32) {
+    let layout = &product.layout;
+    // SAFETY: as the caller vouches; tiles lie one after another.
+    unsafe {
+        match &product.acts {
+            Acts::Plain(x) => (cx.k.plain_tiles)(layout, data, count, x, rows, out),
+            Acts::Quant(x) => {
+                for t in 0..count {
+                    (cx.k.affine_tile)(layout, data.add(t * layout.tile_bytes()), x, rows, out.add(t * rows.len() * LANES));
+                }
+            }
+            Acts::Exact(x) => with_scratch(layout.cols * LANES * count, |wide| {
+                for t in 0..count {
+                    (cx.k.dequantise_tile)(layout, data.add(t * layout.tile_bytes()), wide.as_mut_ptr().add(t * layout.cols * LANES));
+                }
+                let layout = PackedLayout::new(layout.rows, layout.cols, WeightFormat::F32);
+                (cx.k.plain_tiles)(&layout, wide.as_ptr().cast(), count, x, rows, out);
+            }),
+        }
+    }
+}
+
+/// Reused memory of the operations.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    /// Activations in blocks of 32 and of 64.
+    pub quant: [QuantBuffer; 2],
+    /// 0, 1, 2, …
+    pub identity: Vec<u32>,
+    pub rows: super::experts::RowMap,
+    pub values: Vec<f32>,
+}
+
+/// The first `n` row numbers.
+pub(crate) fn identity(buffer: &mut Vec<u32>, n: usize) -> &[u32] {
+    while buffer.len() < n {
+        buffer.push(buffer.len() as u32);
+    }
+    &buffer[..n]
+}
+
+pub(crate) fn linear(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor, rows: usize, outs: &mut [(&Weight, &mut Tensor)]) {
+    assert!(rows <= x.rows(), "{rows} rows of {}", x.rows());
+    let ids = identity(&mut scratch.identity, rows);
+    let mut quantised = [None, None];
+    let mut list = Vec::with_capacity(outs.len());
+    let mut targets = Vec::with_capacity(outs.len());
+    for (w, out) in outs.iter_mut() {
+        assert_eq!(w.layout.cols, x.cols(), "columns of weight and input");
+        assert!(out.cols() == w.layout.rows && out.rows() >= rows, "output of {} columns for {} rows of weight", out.cols(), w.layout.rows);
+        let acts = match block(w.layout.format) {
+            Some(block) if w.layout.rows > SMALL_ROWS => {
+                let which = block / 64;
+                // SAFETY: `ids` are rows of `x`, which outlives the products.
+                Acts::Quant(*quantised[which].get_or_insert_with(|| unsafe { scratch.quant[which].quantise(cx, plain(x), ids, x.cols(), block) }))
+            }
+            _ => exact(w.layout.format, plain(x)),
+        };
+        list.push(Product { layout: w.layout, data: w.data.as_ptr(), per: 1, acts, rows: ids });
+        targets.push((Shared::new(out.values_mut()), w.layout.rows));
+    }
+    // SAFETY: shapes were checked above and when the weights were made; a unit has its tile's columns to itself.
+    unsafe {
+        products(cx, &list, &|done| {
+            let (out, cols) = targets[done.product];
+            let (column, n) = (done.tile * LANES, (cols - done.tile * LANES).min(LANES));
+            for i in 0..done.n {
+                std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), out.at((done.first + i) * cols + column), n);
+            }
+        });
+    }
+}
+
+/// Writes `activation(gate) ⊙ up` of a finished gate|up unit to row `rows(i)` of `out`.
+///
+/// # Safety
+/// The rows lie inside `out`, which has `inner` columns, and no other unit writes this tile of them.
+pub(crate) unsafe fn activate(cx: Context<'_>, activation: Activation, done: &Done<'_>, inner: usize, out: Shared<f32>, rows: impl Fn(usize) -> usize) {
+    let (column, n) = (done.tile * LANES, (inner - done.tile * LANES).min(LANES));
+    for i in 0..done.n {
+        let (gate, up) = (done.row(0, i).as_ptr(), done.row(1, i).as_ptr());
+        // SAFETY: the caller's promise.
+        let to = unsafe { out.at(rows(done.first + i) * inner + column) };
+        match activation {
+            // SAFETY: 16 values in, `n` out.
+            Activation::SwiGlu => unsafe { (cx.k.swiglu)(gate, up, n, to) },
+            other => unimplemented_activation(other),
+        }
+    }
+}
+
+fn unimplemented_activation(activation: Activation) -> ! {
+    panic!("the CPU backend does not know activation {activation:?}")
+}
+
+/// Adds `weight(i) · value` of a finished unit to row `rows(i)` of `out`.
+///
+/// # Safety
+/// As [`activate`].
+pub(crate) unsafe fn add_scaled(cx: Context<'_>, done: &Done<'_>, cols: usize, out: Shared<f32>, rows: impl Fn(usize) -> usize, weight: impl Fn(usize) -> f32) {
+    let (column, n) = (done.tile * LANES, (cols - done.tile * LANES).min(LANES));
+    for i in 0..done.n {
+        // SAFETY: the caller's promise; a row of a unit has 16 values.
+        unsafe { (cx.k.add_scaled)(out.at(rows(done.first + i) * cols + column), weight(done.first + i), done.row(0, i).as_ptr(), n) };
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn ffn_add(
+    cx: Context<'_>,
+    scratch: &mut Scratch,
+    activation: Activation,
+    x: &Tensor,
+    rows: usize,
+    gate_up: &GateUp,
+    down: &Weight,
+    gate: Option<&Weight>,
+    act: &mut Tensor,
+    out: &mut Tensor,
+) {
+    let half = gate_up.half;
+    assert!(half.cols == x.cols() && half.rows == act.cols() && down.layout.cols == act.cols() && down.layout.rows == out.cols(), "feed-forward shapes");
+    assert!(rows <= x.rows() && rows <= act.rows() && rows <= out.rows(), "{rows} rows");
+    let ids = identity(&mut scratch.identity, rows);
+    let factors = grown(&mut scratch.values, rows);
+    factors.fill(1.0);
+    if let Some(w) = gate {
+        assert!(w.layout.rows == 1 && w.layout.cols == x.cols(), "the gate of a feed-forward block is one row");
+        let to = Shared::new(factors);
+        let product = Product { layout: w.layout, data: w.data.as_ptr(), per: 1, acts: exact(w.layout.format, plain(x)), rows: ids };
+        // SAFETY: shapes checked; each row is written once.
+        unsafe {
+            products(cx, &[product], &|done| {
+                for i in 0..done.n {
+                    to.at(done.first + i).write(done.row(0, i)[0]);
+                }
+            });
+            (cx.k.sigmoid)(factors.as_mut_ptr(), rows);
+        }
+    }
+    // SAFETY: `ids` are rows of `x`, of `act` and of `out`; units write disjoint parts.
+    unsafe {
+        let acts = match block(half.format) {
+            Some(block) => Acts::Quant(scratch.quant[block / 64].quantise(cx, plain(x), ids, x.cols(), block)),
+            None => Acts::Plain(plain(x)),
+        };
+        let to = Shared::new(act.values_mut());
+        let product = Product { layout: half, data: gate_up.data.as_ptr(), per: 2, acts, rows: ids };
+        products(cx, &[product], &|done| activate(cx, activation, done, half.rows, to, |i| i));
+
+        let acts = match block(down.layout.format) {
+            Some(block) => Acts::Quant(scratch.quant[block / 64].quantise(cx, plain(act), ids, act.cols(), block)),
+            None => Acts::Plain(plain(act)),
+        };
+        let (to, cols) = (Shared::new(out.values_mut()), out.cols());
+        let product = Product { layout: down.layout, data: down.data.as_ptr(), per: 1, acts, rows: ids };
+        products(cx, &[product], &|done| add_scaled(cx, done, cols, to, |i| i, |i| factors[i]));
+    }
+}

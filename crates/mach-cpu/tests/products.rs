@@ -1,0 +1,139 @@
+//! Matrix products: every kernel set, width and thread count gives the same bytes, and the right numbers.
+
+mod common;
+
+use common::*;
+use mach_backend::Backend;
+use mach_cpu::{Cpu, KernelSet};
+use mach_format::{PackedMatrix, ScaleType, WeightFormat};
+
+fn product(cpu: &Cpu, m: &PackedMatrix, x: &[f32], rows: usize) -> Vec<f32> {
+    let (w, x) = (cpu.weight(m.clone()), tensor(cpu, m.layout.cols, x));
+    let mut out = cpu.tensor(rows, m.layout.rows);
+    cpu.linear(&x, rows, &mut [(&w, &mut out)]);
+    values(cpu, &out, rows * m.layout.rows)
+}
+
+/// In f64, from the layout's definition.
+fn exact(m: &PackedMatrix, x: &[f32]) -> Vec<f32> {
+    let (rows, cols) = (m.layout.rows, m.layout.cols);
+    let w: Vec<f64> = (0..rows * cols).map(|i| element(m, i / cols, i % cols).into()).collect();
+    x.chunks_exact(cols)
+        .flat_map(|x| w.chunks_exact(cols).map(|w| w.iter().zip(x).map(|(w, &x)| w * f64::from(x)).sum::<f64>() as f32).collect::<Vec<_>>())
+        .collect()
+}
+
+fn heavy_tailed(rng: &mut Rng, n: usize) -> Vec<f32> {
+    (0..n).map(|_| rng.normal() * rng.normal().powi(3)).collect()
+}
+
+#[test]
+fn kernel_sets_and_threads_agree_on_every_format_and_odd_shapes() {
+    let mut rng = Rng::new(1);
+    let cpus = cpus();
+    for format in FORMATS {
+        let shapes: &[(usize, usize)] = if format.is_quantised() { &[(16, 128), (100, 256), (257, 384)] } else { &[(1, 7), (37, 33), (100, 130), (257, 64)] };
+        for &(out, cols) in shapes {
+            let m = random_matrix(&mut rng, out, cols, format);
+            for rows in [1, 2, 3, 5, 67] {
+                let x = heavy_tailed(&mut rng, rows * cols);
+                let want = product(&cpus[0], &m, &x, rows);
+                for cpu in &cpus[1..] {
+                    assert_bytes(&product(cpu, &m, &x, rows), &want, &format!("{format} [{out}, {cols}] x {rows} rows, {}", label(cpu)));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_the_rows_beside_it() {
+    let mut rng = Rng::new(2);
+    for format in FORMATS {
+        let (out, cols) = (80, 4224);
+        let m = random_matrix(&mut rng, out, cols, format);
+        let x = heavy_tailed(&mut rng, 70 * cols);
+        for cpu in &cpus()[2..] {
+            let all = product(cpu, &m, &x, 70);
+            for width in [1, 2, 3, 4, 8, 16, 64] {
+                for first in [0, 70 - width] {
+                    let part = product(cpu, &m, &x[first * cols..(first + width) * cols], width);
+                    assert_bytes(&part, &all[first * out..(first + width) * out], &format!("{format}, width {width}, {}", label(cpu)));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn products_are_right() {
+    let mut rng = Rng::new(3);
+    let cpu = cpu(KernelSet::automatic(), 2);
+    for format in FORMATS {
+        for (out, cols) in [(40, 256), (200, 512)] {
+            let m = random_matrix(&mut rng, out, cols, format);
+            let x = rng.normals(5 * cols);
+            let e = error(&product(&cpu, &m, &x, 5), &exact(&m, &x));
+            // int8 activations: rounding of 1/254 of the block's maximum, averaged over hundreds of columns.
+            let bound = if format.is_quantised() && out > 64 { 1e-2 } else { 1e-6 };
+            assert!(e < bound, "{format} [{out}, {cols}]: error {e}");
+        }
+    }
+}
+
+/// A few hidden channels that are a hundred times larger must not cost the others their precision.
+#[test]
+fn outlier_channels_do_not_spoil_their_block() {
+    let mut rng = Rng::new(4);
+    let cpu = cpu(KernelSet::automatic(), 1);
+    for bits in [4, 8] {
+        let (out, cols) = (128, 512);
+        let mut m = random_matrix(&mut rng, out, cols, affine(bits, 64, ScaleType::F32));
+        m.data = random_tiles(&mut rng, &m.layout, 1);
+        let plain = rng.normals(cols);
+        let mut scaled = plain.clone();
+        for channel in [3, 100, 101, 400] {
+            scaled[channel] *= 100.0;
+        }
+        let difference = |x: &[f32]| {
+            let (got, want) = (product(&cpu, &m, x, 1), exact(&m, x));
+            got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+        };
+        let (before, after) = (difference(&plain), difference(&scaled));
+        assert!(after < 2.0 * before + 1e-4, "{bits} bits: absolute error {before} became {after}");
+    }
+}
+
+#[test]
+fn zeros_and_numbers_out_of_range_pass_through() {
+    let mut rng = Rng::new(5);
+    let m = random_matrix(&mut rng, 80, 128, affine(4, 64, ScaleType::F16));
+    for cpu in cpus() {
+        assert!(product(&cpu, &m, &[0.0; 128], 1).iter().all(|&y| y == 0.0), "zero row, {}", label(&cpu));
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = rng.normals(128);
+            x[70] = bad;
+            assert!(product(&cpu, &m, &x, 1).iter().all(|y| !y.is_finite()), "{bad} was hidden, {}", label(&cpu));
+        }
+        let tiny = product(&cpu, &m, &[1e-38; 128], 1);
+        assert!(tiny.iter().all(|y| y.is_finite()), "tiny row, {}", label(&cpu));
+    }
+}
+
+#[test]
+fn several_outputs_share_one_call() {
+    let mut rng = Rng::new(6);
+    let cols = 128;
+    let formats = [affine(4, 64, ScaleType::F16), affine(8, 32, ScaleType::F32), WeightFormat::BF16, affine(4, 128, ScaleType::BF16)];
+    let ms: Vec<_> = formats.iter().zip([128, 33, 17, 90]).map(|(&f, out)| random_matrix(&mut rng, out, cols, f)).collect();
+    let x = rng.normals(6 * cols);
+    for cpu in cpus() {
+        let weights: Vec<_> = ms.iter().map(|m| cpu.weight(m.clone())).collect();
+        let mut outs: Vec<_> = ms.iter().map(|m| cpu.tensor(6, m.layout.rows)).collect();
+        let mut pairs: Vec<_> = weights.iter().zip(&mut outs).collect();
+        cpu.linear(&tensor(&cpu, cols, &x), 6, &mut pairs);
+        for (m, out) in ms.iter().zip(&outs) {
+            assert_bytes(&values(&cpu, out, 6 * m.layout.rows), &product(&cpu, m, &x, 6), &format!("{}", m.layout.format));
+        }
+    }
+}
