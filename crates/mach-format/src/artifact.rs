@@ -126,9 +126,7 @@ impl PackPlan {
     /// # Errors
     /// Experts of different shapes or numbers, formats that do not fit.
     pub fn sidecar(&self) -> Result<SidecarPlan, FormatError> {
-        let wrong = |layer: usize, reason: &str| FormatError::Plan {
-            reason: format!("layer {layer}: {reason}"),
-        };
+        let wrong = |layer: usize, reason: &str| FormatError::Plan { reason: format!("layer {layer}: {reason}") };
         let experts = self.experts.first().map_or(0, |l| l.gate.experts());
         let mut layers: Vec<LayerShape> = Vec::with_capacity(self.experts.len());
         for plan in &self.experts {
@@ -151,11 +149,7 @@ impl PackPlan {
             }
             layers.push(LayerShape { layer: plan.layer, layout });
         }
-        Ok(SidecarPlan {
-            model_type: self.model_type.clone(),
-            experts,
-            layers,
-        })
+        Ok(SidecarPlan { model_type: self.model_type.clone(), experts, layers })
     }
 
     fn write_layers(&self, writer: &mut SidecarWriter, shapes: &[LayerShape], progress: &mut dyn FnMut(u64)) -> Result<[usize; 2], FormatError> {
@@ -187,11 +181,7 @@ impl PackPlan {
 fn check_space(path: &Path, needed: u64) -> Result<(), FormatError> {
     let free = crate::disk::free_space(path)?;
     if needed > free {
-        return Err(FormatError::DiskFull {
-            path: path.to_owned(),
-            needed,
-            free,
-        });
+        return Err(FormatError::DiskFull { path: path.to_owned(), needed, free });
     }
     Ok(())
 }
@@ -204,19 +194,14 @@ pub fn write_sidecar(ck: &Checkpoint, dir: &Path, plan: &PackPlan, progress: &mu
     let sidecar = plan.sidecar()?;
     let source = fingerprint(ck)?;
     let (total, shapes) = (sidecar.bytes(), sidecar.layers.clone());
+    check_space(dir, sidecar.missing_bytes(dir, &source))?;
     let mut writer = SidecarWriter::create(dir, &source, sidecar)?;
-    check_space(dir, writer.missing_bytes())?;
     let mut done = 0;
     let [written, kept] = plan.write_layers(&mut writer, &shapes, &mut |bytes| {
         done += bytes;
         progress(BuildProgress { done, total });
     })?;
-    Ok(BuildReport {
-        manifest: writer.finish(&source)?,
-        written,
-        kept,
-        resident_bytes: 0,
-    })
+    Ok(BuildReport { manifest: writer.finish(&source)?, written, kept, resident_bytes: 0 })
 }
 
 /// A resident tensor of a pack.
@@ -241,11 +226,11 @@ pub fn write_pack(ck: &Checkpoint, out: &Path, plan: &PackPlan, progress: &mut d
     let total = resident_bytes + sidecar.bytes();
     let source = fingerprint(ck)?;
 
-    let staging = out.join(STAGING);
+    let (staging, sidecar_dir) = (out.join(STAGING), out.join(SIDECAR_DIR));
+    check_space(out, resident_bytes + sidecar.missing_bytes(&sidecar_dir, &source))?;
     fs::create_dir_all(&staging).map_err(FormatError::io("create", &staging))?;
     let shapes = sidecar.layers.clone();
-    let mut writer = SidecarWriter::create(&out.join(SIDECAR_DIR), &source, sidecar)?;
-    check_space(out, resident_bytes + writer.missing_bytes())?;
+    let mut writer = SidecarWriter::create(&sidecar_dir, &source, sidecar)?;
     let mut done = 0;
     let mut advance = |bytes: u64| {
         done += bytes;
@@ -278,10 +263,8 @@ pub fn write_pack(ck: &Checkpoint, out: &Path, plan: &PackPlan, progress: &mut d
         }
     }
     let config_path = staging.join("config.json");
-    let mut config = serde_json::to_vec_pretty(&pack_config(ck.config(), &residents)).map_err(|e| FormatError::Json {
-        path: config_path.clone(),
-        reason: e.to_string(),
-    })?;
+    let mut config =
+        serde_json::to_vec_pretty(&pack_config(ck.config(), &residents)).map_err(|e| FormatError::Json { path: config_path.clone(), reason: e.to_string() })?;
     config.push(b'\n');
     write_atomic(&config_path, &config)?;
     let serves = fingerprint(&Checkpoint::open(&staging)?)?;
@@ -289,12 +272,7 @@ pub fn write_pack(ck: &Checkpoint, out: &Path, plan: &PackPlan, progress: &mut d
     let [written, kept] = plan.write_layers(&mut writer, &shapes, &mut advance)?;
     let manifest = writer.finish(&serves)?;
     publish(&staging, out)?;
-    Ok(BuildReport {
-        manifest,
-        written,
-        kept,
-        resident_bytes,
-    })
+    Ok(BuildReport { manifest, written, kept, resident_bytes })
 }
 
 /// Moves the staged files to their place, `config.json` last.
@@ -319,17 +297,11 @@ fn residents(ck: &Checkpoint, plan: &PackPlan) -> Result<Vec<Resident>, FormatEr
         let matrix = ck.matrix(module)?;
         match format {
             Some(_) if matrix.leading().is_some() => {
-                return Err(FormatError::Plan {
-                    reason: format!("{module} is a stack, only single matrices are quantised as resident weights"),
-                });
+                return Err(FormatError::Plan { reason: format!("{module} is a stack, only single matrices are quantised as resident weights") });
             }
             Some(format) if *format != matrix.format() => {
                 let layout = matrix.quantised_layout(*format)?;
-                all.push(Resident::Quantise {
-                    module: module.clone(),
-                    matrix,
-                    layout,
-                });
+                all.push(Resident::Quantise { module: module.clone(), matrix, layout });
             }
             _ => {
                 all.push(Resident::Copy(matrix.name().to_owned()));
@@ -350,17 +322,11 @@ fn planned(ck: &Checkpoint, resident: &Resident) -> Result<Vec<Planned>, FormatE
     match resident {
         Resident::Copy(name) => {
             let info = ck.require(name)?;
-            Ok(vec![Planned {
-                name: name.clone(),
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-            }])
+            Ok(vec![Planned { name: name.clone(), dtype: info.dtype, shape: info.shape.clone() }])
         }
         Resident::Quantise { module, matrix, layout } => {
             let WeightFormat::Affine { bits, group, scales } = layout.format else {
-                return Err(FormatError::Plan {
-                    reason: format!("{module} is to be quantised to {}", layout.format),
-                });
+                return Err(FormatError::Plan { reason: format!("{module} is to be quantised to {}", layout.format) });
             };
             let scale_type = match scales {
                 ScaleType::F16 => Dtype::F16,
@@ -368,11 +334,8 @@ fn planned(ck: &Checkpoint, resident: &Resident) -> Result<Vec<Planned>, FormatE
                 ScaleType::F32 => Dtype::F32,
             };
             let outer = matrix.leading().into_iter().chain([layout.rows]);
-            let tensor = |suffix: &str, dtype: Dtype, width: usize| Planned {
-                name: format!("{module}.{suffix}"),
-                dtype,
-                shape: outer.clone().chain([width]).collect(),
-            };
+            let tensor =
+                |suffix: &str, dtype: Dtype, width: usize| Planned { name: format!("{module}.{suffix}"), dtype, shape: outer.clone().chain([width]).collect() };
             let groups = layout.cols / usize::from(group);
             Ok(vec![
                 tensor("weight", Dtype::U32, layout.cols * usize::from(bits) / 32),
@@ -391,16 +354,13 @@ fn quantise(matrix: &Matrix, layout: &PackedLayout) -> Result<[Vec<u8>; 3], Form
     let [data, scales, biases] = &mut out;
     let step = (1 << 18) / layout.cols.max(1) + 1;
     let params = scales.par_chunks_mut(step * scale_row).zip(biases.par_chunks_mut(step * scale_row));
-    data.par_chunks_mut(step * data_row)
-        .zip(params)
-        .enumerate()
-        .try_for_each(|(i, (data, (scales, biases)))| {
-            let [d, s, b] = matrix.quantise_rows(layout.format, i * step..(i * step + step).min(rows))?;
-            data.copy_from_slice(&d);
-            scales.copy_from_slice(&s);
-            biases.copy_from_slice(&b);
-            Ok(())
-        })?;
+    data.par_chunks_mut(step * data_row).zip(params).enumerate().try_for_each(|(i, (data, (scales, biases)))| {
+        let [d, s, b] = matrix.quantise_rows(layout.format, i * step..(i * step + step).min(rows))?;
+        data.copy_from_slice(&d);
+        scales.copy_from_slice(&s);
+        biases.copy_from_slice(&b);
+        Ok(())
+    })?;
     Ok(out)
 }
 
@@ -408,10 +368,7 @@ fn quantise(matrix: &Matrix, layout: &PackedLayout) -> Result<[Vec<u8>; 3], Form
 /// general entry, others are named.
 fn pack_config(source: &Value, residents: &[Resident]) -> Value {
     let mut config = source.clone();
-    let old = source
-        .get("quantization")
-        .or_else(|| source.get("quantization_config"))
-        .and_then(Value::as_object);
+    let old = source.get("quantization").or_else(|| source.get("quantization_config")).and_then(Value::as_object);
     let mut quantization: Map<String, Value> = old.cloned().unwrap_or_default();
     let quantised = residents.iter().filter_map(|r| match r {
         Resident::Quantise { module, layout, .. } => match layout.format {

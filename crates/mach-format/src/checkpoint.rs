@@ -70,21 +70,14 @@ impl Checkpoint {
         let generation_path = dir.join("generation_config.json");
         let generation = generation_path.is_file().then(|| read_json(&generation_path)).transpose()?;
         let index_path = dir.join(INDEX);
-        let (shards, weight_map) = if index_path.is_file() {
-            read_index(&index_path)?
-        } else {
-            (vec![single_file(dir)?], IndexMap::new())
-        };
+        let (shards, weight_map) = if index_path.is_file() { read_index(&index_path)? } else { (vec![single_file(dir)?], IndexMap::new()) };
 
         let mut tensors = IndexMap::new();
         let mut open = Vec::with_capacity(shards.len());
         for (number, shard) in shards.iter().enumerate() {
             let path = dir.join(shard);
             let file = File::open(&path).map_err(|e| match e.kind() {
-                std::io::ErrorKind::NotFound if !weight_map.is_empty() => FormatError::MissingShard {
-                    path: path.clone(),
-                    index: index_path.clone(),
-                },
+                std::io::ErrorKind::NotFound if !weight_map.is_empty() => FormatError::MissingShard { path: path.clone(), index: index_path.clone() },
                 _ => FormatError::io("open", &path)(e),
             })?;
             for (name, info) in read_header(&path, &file, number)? {
@@ -97,20 +90,10 @@ impl Checkpoint {
         }
         for (name, shard) in &weight_map {
             if tensors.get(name).is_none_or(|t| &shards[t.file] != shard) {
-                return Err(FormatError::IndexMismatch {
-                    index: index_path,
-                    tensor: name.clone(),
-                    shard: dir.join(shard),
-                });
+                return Err(FormatError::IndexMismatch { index: index_path, tensor: name.clone(), shard: dir.join(shard) });
             }
         }
-        Ok(Self {
-            dir: dir.to_owned(),
-            config,
-            generation,
-            tensors,
-            files: Arc::new(Files { open }),
-        })
+        Ok(Self { dir: dir.to_owned(), config, generation, tensors, files: Arc::new(Files { open }) })
     }
 
     /// The directory.
@@ -163,10 +146,7 @@ impl Checkpoint {
     /// # Errors
     /// [`FormatError::MissingTensor`].
     pub fn require(&self, name: &str) -> Result<&TensorInfo, FormatError> {
-        self.tensors.get(name).ok_or_else(|| FormatError::MissingTensor {
-            dir: self.dir.clone(),
-            tensor: name.to_owned(),
-        })
+        self.tensors.get(name).ok_or_else(|| FormatError::MissingTensor { dir: self.dir.clone(), tensor: name.to_owned() })
     }
 
     /// The bytes of a tensor as they lie.
@@ -207,11 +187,7 @@ impl PlainType {
             Dtype::F32 => Ok(Self::F32),
             Dtype::F16 => Ok(Self::F16),
             Dtype::BF16 => Ok(Self::BF16),
-            other => Err(FormatError::Dtype {
-                tensor: tensor.to_owned(),
-                expected: "F32, F16 or BF16",
-                got: format!("{other:?}"),
-            }),
+            other => Err(FormatError::Dtype { tensor: tensor.to_owned(), expected: "F32, F16 or BF16", got: format!("{other:?}") }),
         }
     }
 
@@ -235,11 +211,7 @@ impl PlainType {
 fn read_json(path: &Path) -> Result<Value, FormatError> {
     let text = fs::read(path).map_err(FormatError::io("read", path))?;
     let value: Value = serde_json::from_slice(&text).map_err(|e| json_error(path, e.to_string()))?;
-    if value.is_object() {
-        Ok(value)
-    } else {
-        Err(json_error(path, "not an object".to_owned()))
-    }
+    if value.is_object() { Ok(value) } else { Err(json_error(path, "not an object".to_owned())) }
 }
 
 fn json_error(path: &Path, reason: String) -> FormatError {
@@ -284,11 +256,7 @@ fn single_file(dir: &Path) -> Result<String, FormatError> {
 /// Parses and validates a safetensors header against the length of its file.
 fn read_header(path: &Path, file: &File, number: usize) -> Result<Vec<(String, TensorInfo)>, FormatError> {
     let header_error = |reason: String| FormatError::Header { path: path.to_owned(), reason };
-    let truncated = |expected, got| FormatError::Truncated {
-        path: path.to_owned(),
-        expected,
-        got,
-    };
+    let truncated = |expected, got| FormatError::Truncated { path: path.to_owned(), expected, got };
     let length = file.metadata().map_err(FormatError::io("examine", path))?.len();
     let mut prefix = [0; 8];
     if length < 8 {
@@ -315,13 +283,7 @@ fn read_header(path: &Path, file: &File, number: usize) -> Result<Vec<(String, T
     let tensor = |name: String| {
         let t = metadata.info(&name)?;
         let (start, end) = t.data_offsets;
-        let info = TensorInfo {
-            dtype: t.dtype,
-            shape: t.shape.clone(),
-            file: number,
-            offset: 8 + header_len + start as u64,
-            bytes: (end - start) as u64,
-        };
+        let info = TensorInfo { dtype: t.dtype, shape: t.shape.clone(), file: number, offset: 8 + header_len + start as u64, bytes: (end - start) as u64 };
         Some((name, info))
     };
     Ok(metadata.offset_keys().into_iter().filter_map(tensor).collect())

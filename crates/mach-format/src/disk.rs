@@ -26,12 +26,23 @@ pub fn free_space(path: &Path) -> Result<u64, FormatError> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
+/// Tells the system that the cached pages of a file (all from `offset` on where `len` is `None`) are not needed
+/// again: experts must not push other data out of the page cache. Pages must be clean. Only a hint; does nothing
+/// where there is no such call.
+pub(crate) fn forget_pages(file: &File, offset: u64, len: Option<u64>) {
+    #[cfg(target_os = "linux")]
+    let _ = rustix::fs::fadvise(file, offset, len.and_then(std::num::NonZeroU64::new), rustix::fs::Advice::DontNeed);
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, offset, len);
+}
+
 /// A file written under a temporary name and renamed when it is complete; removed when dropped before.
 pub(crate) struct AtomicFile {
     file: File,
     tmp: PathBuf,
     path: PathBuf,
     bytes: u64,
+    forget: bool,
     done: bool,
 }
 
@@ -42,13 +53,13 @@ impl AtomicFile {
         tmp.push(".tmp");
         let tmp = PathBuf::from(tmp);
         let file = File::create(&tmp).map_err(FormatError::write(&tmp, bytes))?;
-        Ok(Self {
-            file,
-            tmp,
-            path: path.to_owned(),
-            bytes,
-            done: false,
-        })
+        Ok(Self { file, tmp, path: path.to_owned(), bytes, forget: false, done: false })
+    }
+
+    /// Does not leave the content in the page cache.
+    pub(crate) fn forget_when_done(mut self) -> Self {
+        self.forget = true;
+        self
     }
 
     /// Appends.
@@ -61,6 +72,9 @@ impl AtomicFile {
         self.file.sync_all().map_err(FormatError::write(&self.path, self.bytes))?;
         fs::rename(&self.tmp, &self.path).map_err(FormatError::io("rename", &self.tmp))?;
         self.done = true;
+        if self.forget {
+            forget_pages(&self.file, 0, None);
+        }
         if let Some(dir) = self.path.parent() {
             sync_dir(dir)?;
         }

@@ -254,21 +254,15 @@ impl FormatError {
 
     /// Wraps an I/O error with what was done to which file.
     pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io {
-            action,
-            path: path.to_owned(),
-            source,
-        }
+        move |source| Self::Io { action, path: path.to_owned(), source }
     }
 
     /// As [`FormatError::io`] for writes: a full disk gets its own name. `needed` is the size of the file.
     pub(crate) fn write(path: &Path, needed: u64) -> impl FnOnce(io::Error) -> Self {
         move |source| match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull {
-                path: path.to_owned(),
-                needed,
-                free: crate::disk::free_space(path).unwrap_or(0),
-            },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::DiskFull { path: path.to_owned(), needed, free: crate::disk::free_space(path).unwrap_or(0) }
+            }
             _ => Self::io("write", path)(source),
         }
     }

@@ -69,11 +69,7 @@ pub fn fingerprint(ck: &Checkpoint) -> Result<Fingerprint, FormatError> {
         .map(|(_, info)| {
             let mut bytes = vec![0; info.bytes.min(sample) as usize];
             // Pieces spread over the tensor, so that every part of a stack of experts is represented.
-            let piece = if info.bytes <= sample {
-                bytes.len()
-            } else {
-                (sample / 4).max(MIN_SAMPLE) as usize
-            };
+            let piece = if info.bytes <= sample { bytes.len() } else { (sample / 4).max(MIN_SAMPLE) as usize };
             let pieces = bytes.len().div_ceil(piece.max(1)) as u64;
             for (i, out) in bytes.chunks_mut(piece.max(1)).enumerate() {
                 let last = info.bytes - out.len() as u64;

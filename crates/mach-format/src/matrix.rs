@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, Files, PlainType, TensorInfo};
+use crate::disk::forget_pages;
 use crate::error::FormatError;
 use crate::format::{ScaleType, WeightFormat};
 use crate::packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
@@ -53,11 +54,7 @@ impl Checkpoint {
     /// fit the `quantization` of the configuration.
     pub fn matrix(&self, prefix: &str) -> Result<Matrix, FormatError> {
         let dotted = format!("{prefix}.weight");
-        let name = if self.tensor(&dotted).is_none() && self.tensor(prefix).is_some() {
-            prefix
-        } else {
-            &dotted
-        };
+        let name = if self.tensor(&dotted).is_none() && self.tensor(prefix).is_some() { prefix } else { &dotted };
         let info = self.require(name)?;
         let (leading, rows, width) = match info.shape[..] {
             [rows, width] => (None, rows, width),
@@ -67,11 +64,7 @@ impl Checkpoint {
         if info.shape.contains(&0) {
             return Err(shape_error(name, "no empty dimension", info));
         }
-        let plane = |info: &TensorInfo| Plane {
-            file: info.file,
-            offset: info.offset,
-            row_bytes: info.bytes as usize / (rows * leading.unwrap_or(1)),
-        };
+        let plane = |info: &TensorInfo| Plane { file: info.file, offset: info.offset, row_bytes: info.bytes as usize / (rows * leading.unwrap_or(1)) };
         let (format, cols, params) = if info.dtype == Dtype::U32 {
             let (format, cols, scales, biases) = self.affine_params(prefix, name, info)?;
             (format, cols, Some([plane(scales), plane(biases)]))
@@ -83,27 +76,13 @@ impl Checkpoint {
             };
             (format, width, None)
         } else {
-            return Err(FormatError::UnsupportedQuantisation {
-                tensor: name.to_owned(),
-                what: format!("{:?} weights{}", info.dtype, self.quant_method()),
-            });
+            return Err(FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what: format!("{:?} weights{}", info.dtype, self.quant_method()) });
         };
-        Ok(Matrix {
-            files: Arc::clone(&self.files),
-            name: name.into(),
-            layout: PackedLayout::new(rows, cols, format),
-            leading,
-            data: plane(info),
-            params,
-        })
+        Ok(Matrix { files: Arc::clone(&self.files), name: name.into(), layout: PackedLayout::new(rows, cols, format), leading, data: plane(info), params })
     }
 
     fn quant_method(&self) -> String {
-        let method = self
-            .config()
-            .get("quantization_config")
-            .and_then(|q| q.get("quant_method"))
-            .and_then(Value::as_str);
+        let method = self.config().get("quantization_config").and_then(|q| q.get("quant_method")).and_then(Value::as_str);
         method.map_or(String::new(), |m| format!(" (quant_method {m})"))
     }
 
@@ -111,11 +90,7 @@ impl Checkpoint {
     /// entry), and the shapes of words and scales must agree.
     fn affine_params(&self, prefix: &str, name: &str, info: &TensorInfo) -> Result<(WeightFormat, usize, &TensorInfo, &TensorInfo), FormatError> {
         let unsupported = |what: String| FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what };
-        let mismatch = |expected: String, got: String| FormatError::QuantisationMismatch {
-            tensor: name.to_owned(),
-            expected,
-            got,
-        };
+        let mismatch = |expected: String, got: String| FormatError::QuantisationMismatch { tensor: name.to_owned(), expected, got };
         let scales = self.require(&format!("{prefix}.scales"))?;
         let scale_type = match scales.dtype {
             Dtype::F16 => ScaleType::F16,
@@ -126,15 +101,9 @@ impl Checkpoint {
         };
         let biases = self.require(&format!("{prefix}.biases"))?;
         if (biases.dtype, &biases.shape) != (scales.dtype, &scales.shape) {
-            return Err(shape_error(
-                &format!("{prefix}.biases"),
-                &format!("that of the scales, {:?}", scales.shape),
-                biases,
-            ));
+            return Err(shape_error(&format!("{prefix}.biases"), &format!("that of the scales, {:?}", scales.shape), biases));
         }
-        let quantization = ["quantization", "quantization_config"]
-            .iter()
-            .find_map(|key| self.config().get(key)?.as_object());
+        let quantization = ["quantization", "quantization_config"].iter().find_map(|key| self.config().get(key)?.as_object());
         let quantization = quantization.ok_or_else(|| mismatch("nothing (no quantization)".to_owned(), "packed words with scales".to_owned()))?;
         let own = match quantization.get(prefix) {
             Some(Value::Object(own)) => own,
@@ -165,21 +134,13 @@ impl Checkpoint {
             let got = format!("{} words of 32 bits for {} groups", words[0], groups[0]);
             return Err(mismatch(format!("{bits} bits in groups of {group}"), got));
         }
-        let format = WeightFormat::Affine {
-            bits: bits as u8,
-            group: group as u16,
-            scales: scale_type,
-        };
+        let format = WeightFormat::Affine { bits: bits as u8, group: group as u16, scales: scale_type };
         Ok((format, cols, scales, biases))
     }
 }
 
 fn shape_error(tensor: &str, expected: &str, info: &TensorInfo) -> FormatError {
-    FormatError::Shape {
-        tensor: tensor.to_owned(),
-        expected: expected.to_owned(),
-        got: info.shape.clone(),
-    }
+    FormatError::Shape { tensor: tensor.to_owned(), expected: expected.to_owned(), got: info.shape.clone() }
 }
 
 /// What a tile is made of: the rows as stored, or rows quantised on the way.
@@ -244,12 +205,7 @@ impl Matrix {
     /// # Panics
     /// When the range is outside or this is a stack.
     pub fn rows_range(&self, r: Range<usize>) -> Self {
-        assert!(
-            self.leading.is_none() && r.start <= r.end && r.end <= self.rows(),
-            "rows {r:?} of {} in {}",
-            self.rows(),
-            self.name
-        );
+        assert!(self.leading.is_none() && r.start <= r.end && r.end <= self.rows(), "rows {r:?} of {} in {}", self.rows(), self.name);
         let mut part = self.clone();
         part.layout.rows = r.len();
         part.for_planes(|plane| plane.skip_rows(r.start));
@@ -265,8 +221,7 @@ impl Matrix {
     fn read_rows(&self, rows: Range<usize>) -> Result<[Vec<u8>; 3], FormatError> {
         let read = |plane: &Plane| {
             let mut bytes = vec![0; rows.len() * plane.row_bytes];
-            self.files
-                .read(plane.file, plane.offset + rows.start as u64 * plane.row_bytes as u64, &mut bytes)?;
+            self.files.read(plane.file, plane.offset + rows.start as u64 * plane.row_bytes as u64, &mut bytes)?;
             Ok(bytes)
         };
         match &self.params {
@@ -292,11 +247,7 @@ impl Matrix {
     /// # Panics
     /// When `row` is outside, this is a stack, or `out` is not `cols` long.
     pub fn row_f32(&self, row: usize, out: &mut [f32]) -> Result<(), FormatError> {
-        assert!(
-            self.leading.is_none() && row < self.rows() && out.len() == self.cols(),
-            "row {row} of {}",
-            self.name
-        );
+        assert!(self.leading.is_none() && row < self.rows() && out.len() == self.cols(), "row {row} of {}", self.name);
         let [data, scales, biases] = self.read_rows(row..row + 1)?;
         self.widen_row([&data, &scales, &biases], out);
         Ok(())
@@ -332,21 +283,24 @@ impl Matrix {
         (READ_BYTES / (data + 2 * scales).max(1) / TILE_ROWS).max(1) * TILE_ROWS
     }
 
+    /// Lets the system drop its cached pages of this matrix, for readers that stream experts from a checkpoint.
+    pub fn forget(&self) {
+        for plane in std::iter::once(&self.data).chain(self.params.iter().flatten()) {
+            let bytes = (self.rows() * self.leading.unwrap_or(1) * plane.row_bytes) as u64;
+            forget_pages(&self.files.open[plane.file].1, plane.offset, Some(bytes));
+        }
+    }
+
     /// Layout of this matrix quantised to `format`.
     ///
     /// # Errors
     /// When `format` is not affine 4 or 8 bits or its group does not divide the columns.
     pub fn quantised_layout(&self, format: WeightFormat) -> Result<PackedLayout, FormatError> {
         match format {
-            WeightFormat::Affine {
-                bits: 4 | 8,
-                group: group @ (32 | 64 | 128),
-                ..
-            } if self.cols().is_multiple_of(group.into()) => Ok(PackedLayout::new(self.rows(), self.cols(), format)),
-            _ => Err(FormatError::UnsupportedQuantisation {
-                tensor: self.name.to_string(),
-                what: format!("{format} for {} columns", self.cols()),
-            }),
+            WeightFormat::Affine { bits: 4 | 8, group: group @ (32 | 64 | 128), .. } if self.cols().is_multiple_of(group.into()) => {
+                Ok(PackedLayout::new(self.rows(), self.cols(), format))
+            }
+            _ => Err(FormatError::UnsupportedQuantisation { tensor: self.name.to_string(), what: format!("{format} for {} columns", self.cols()) }),
         }
     }
 
@@ -357,19 +311,11 @@ impl Matrix {
         for start in (0..tiles).step_by(step) {
             let end = tiles.min(start + step);
             let rows = (first + start) * TILE_ROWS..((first + end) * TILE_ROWS).min(self.rows());
-            let [data, scales, biases] = if target.requantise {
-                self.quantise_rows(target.layout.format, rows)?
-            } else {
-                self.read_rows(rows)?
-            };
+            let [data, scales, biases] = if target.requantise { self.quantise_rows(target.layout.format, rows)? } else { self.read_rows(rows)? };
             let (data_row, scale_row) = row_bytes(&target.layout);
             let piece = |bytes, row, t| nth_chunk(bytes, row * TILE_ROWS, t);
             for t in 0..end - start {
-                let rows = Rows {
-                    data: piece(&data, data_row, t),
-                    scales: piece(&scales, scale_row, t),
-                    biases: piece(&biases, scale_row, t),
-                };
+                let rows = Rows { data: piece(&data, data_row, t), scales: piece(&scales, scale_row, t), biases: piece(&biases, scale_row, t) };
                 pack_tile(&target.layout, rows, &mut dst[(start + t) * stride..][..tile_bytes]);
             }
         }
@@ -400,26 +346,15 @@ impl Matrix {
     fn pack_strided(&self, target: Target, dst: &mut [u8], tile_stride: usize) -> Result<(), FormatError> {
         assert!(self.leading.is_none(), "{} is a stack", self.name);
         let tiles = target.layout.tiles();
-        let needed = if tiles == 0 {
-            0
-        } else {
-            (tiles - 1) * tile_stride + target.layout.tile_bytes()
-        };
+        let needed = if tiles == 0 { 0 } else { (tiles - 1) * tile_stride + target.layout.tile_bytes() };
         if dst.len() < needed || tile_stride < target.layout.tile_bytes() {
-            return Err(FormatError::Buffer {
-                tensor: self.name.to_string(),
-                expected: needed,
-                got: dst.len(),
-            });
+            return Err(FormatError::Buffer { tensor: self.name.to_string(), expected: needed, got: dst.len() });
         }
         self.pack_tiles(target, 0, tiles, dst, tile_stride)
     }
 
     fn as_is(&self) -> Target {
-        Target {
-            layout: self.layout,
-            requantise: false,
-        }
+        Target { layout: self.layout, requantise: false }
     }
 
     /// Writes the packed tiles, tile `t` at `dst[t·tile_stride..]`, on the calling thread. For the halves of a
@@ -436,10 +371,7 @@ impl Matrix {
     /// # Errors
     /// Also values that cannot be quantised and a group that does not divide the columns.
     pub fn pack_quantised_into(&self, dst: &mut [u8], tile_stride: usize, format: WeightFormat) -> Result<(), FormatError> {
-        let target = Target {
-            layout: self.quantised_layout(format)?,
-            requantise: true,
-        };
+        let target = Target { layout: self.quantised_layout(format)?, requantise: true };
         self.pack_strided(target, dst, tile_stride)
     }
 
@@ -476,9 +408,7 @@ fn nth_chunk(bytes: &[u8], size: usize, i: usize) -> &[u8] {
 pub fn pack_gate_up(gate: &Matrix, up: &Matrix) -> Result<AlignedBytes, FormatError> {
     let half = gate.layout;
     if half != up.layout || gate.leading.is_some() || up.leading.is_some() {
-        return Err(FormatError::Plan {
-            reason: format!("{} {:?} and {} {:?} are no gate|up pair", gate.name, half, up.name, up.layout),
-        });
+        return Err(FormatError::Plan { reason: format!("{} {:?} and {} {:?} are no gate|up pair", gate.name, half, up.name, up.layout) });
     }
     let tile = half.tile_bytes();
     let step = gate.rows_per_read() / TILE_ROWS;
@@ -501,11 +431,7 @@ pub fn pack_f32(rows: usize, cols: usize, values: &[f32]) -> PackedMatrix {
     let mut data = AlignedBytes::zeroed(layout.bytes());
     for (tile, rows) in data.chunks_exact_mut(layout.tile_bytes()).zip(values.chunks(TILE_ROWS * cols)) {
         let bytes: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let rows = Rows {
-            data: &bytes,
-            scales: &[],
-            biases: &[],
-        };
+        let rows = Rows { data: &bytes, scales: &[], biases: &[] };
         pack_tile(&layout, rows, tile);
     }
     PackedMatrix { layout, data }

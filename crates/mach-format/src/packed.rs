@@ -84,11 +84,7 @@ impl PackedLayout {
             WeightFormat::F16 | WeightFormat::BF16 => {
                 let at = (col / 2 * TILE_ROWS + row) * 4 + col % 2 * 2;
                 let bits = u16::from_le_bytes([tile[at], tile[at + 1]]);
-                if self.format == WeightFormat::F16 {
-                    half::f16::from_bits(bits).to_f32()
-                } else {
-                    half::bf16::from_bits(bits).to_f32()
-                }
+                if self.format == WeightFormat::F16 { half::f16::from_bits(bits).to_f32() } else { half::bf16::from_bits(bits).to_f32() }
             }
             WeightFormat::Affine { bits, group, scales } => {
                 let (g, within) = (col / group as usize, col % group as usize);

@@ -35,11 +35,7 @@ impl SafetensorsWriter {
         let mut at = 0;
         let mut entries = Vec::with_capacity(plan.len());
         for tensor in &plan {
-            let entry = HeaderEntry {
-                dtype: tensor.dtype,
-                shape: tensor.shape.clone(),
-                data_offsets: (at, at + tensor.bytes()),
-            };
+            let entry = HeaderEntry { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (at, at + tensor.bytes()) };
             at += tensor.bytes();
             entries.push((tensor.name.clone(), entry));
         }
@@ -57,9 +53,7 @@ impl SafetensorsWriter {
     pub(crate) fn write(&mut self, name: &str, data: &[u8]) -> Result<(), FormatError> {
         match self.plan.next() {
             Some(next) if next.name == name && next.bytes() == data.len() => self.file.write(data),
-            next => Err(FormatError::Plan {
-                reason: format!("{name} with {} bytes was written where {next:?} is due", data.len()),
-            }),
+            next => Err(FormatError::Plan { reason: format!("{name} with {} bytes was written where {next:?} is due", data.len()) }),
         }
     }
 
@@ -67,9 +61,7 @@ impl SafetensorsWriter {
     pub(crate) fn finish(mut self) -> Result<(), FormatError> {
         match self.plan.next() {
             None => self.file.commit(),
-            Some(next) => Err(FormatError::Plan {
-                reason: format!("{} was not written", next.name),
-            }),
+            Some(next) => Err(FormatError::Plan { reason: format!("{} was not written", next.name) }),
         }
     }
 }

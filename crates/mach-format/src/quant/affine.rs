@@ -86,11 +86,7 @@ fn fit(values: &[f32], scale: f32, bias: f32, top: f32) -> Fit {
             *sum += e * e;
         }
     }
-    Fit {
-        scale,
-        bias,
-        error: sums.iter().sum(),
-    }
+    Fit { scale, bias, error: sums.iter().sum() }
 }
 
 /// Smallest and largest value of a group (a multiple of 8 values).
@@ -113,12 +109,7 @@ fn choose(values: &[f32], bits: u8, ty: ScaleType) -> (f32, f32) {
     let candidate = |shrink: f32| {
         // Halves first: the range of two finite values may not be finite.
         let (mid, half) = (lo / 2.0 + hi / 2.0, (hi / 2.0 - lo / 2.0) * shrink);
-        fit(
-            values,
-            round_to(ty, half / (top / 2.0)),
-            round_to(ty, if shrink == 1.0 { lo } else { mid - half }),
-            top,
-        )
+        fit(values, round_to(ty, half / (top / 2.0)), round_to(ty, if shrink == 1.0 { lo } else { mid - half }), top)
     };
     let tries = if bits == 4 { &SHRINK[..] } else { &SHRINK[..1] };
     let best = tries[1..].iter().fold(candidate(tries[0]), |best, &shrink| {
@@ -141,9 +132,7 @@ pub fn quantise_row(row: &[f32], bits: u8, group: usize, ty: ScaleType, data: &m
     }
     let top = f32::from((1u16 << bits) - 1);
     let width = ty.bytes();
-    let out = data
-        .chunks_exact_mut(group * usize::from(bits) / 8)
-        .zip(scales.chunks_exact_mut(width).zip(biases.chunks_exact_mut(width)));
+    let out = data.chunks_exact_mut(group * usize::from(bits) / 8).zip(scales.chunks_exact_mut(width).zip(biases.chunks_exact_mut(width)));
     for (g, (values, (data, (scale_at, bias_at)))) in row.chunks_exact(group).zip(out).enumerate() {
         let (scale, bias) = choose(values, bits, ty);
         if !scale.is_finite() || !bias.is_finite() {

@@ -90,14 +90,7 @@ impl LayerExperts {
         if expected == got {
             return Ok(());
         }
-        Err(FormatError::Checksum {
-            path: self.path.clone(),
-            layer: self.layer,
-            expert,
-            part: PART_NAMES[part],
-            expected,
-            got,
-        })
+        Err(FormatError::Checksum { path: self.path.clone(), layer: self.layer, expert, part: PART_NAMES[part], expected, got })
     }
 }
 

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::{LayerEntry, LayerExperts, MANIFEST, Manifest, RecordLayout, SIDECAR_VERSION, TRAILER, Trailer, file_bytes, layer_key};
+use crate::disk::forget_pages;
 use crate::error::FormatError;
 use crate::fingerprint::{Fingerprint, checksum};
 
@@ -35,11 +36,7 @@ impl Sidecar {
 
     fn open_any(dir: &Path) -> Result<Self, FormatError> {
         let manifest = info(dir)?;
-        let layers = manifest
-            .layers
-            .iter()
-            .map(|entry| open_layer(dir, &manifest, entry))
-            .collect::<Result<_, _>>()?;
+        let layers = manifest.layers.iter().map(|entry| open_layer(dir, &manifest, entry)).collect::<Result<_, _>>()?;
         Ok(Self { manifest, layers })
     }
 
@@ -64,33 +61,20 @@ pub fn info(dir: &Path) -> Result<Manifest, FormatError> {
         std::io::ErrorKind::NotFound => FormatError::SidecarMissing { dir: dir.to_owned() },
         _ => FormatError::io("read", &path)(e),
     })?;
-    let invalid = |e: serde_json::Error| FormatError::Json {
-        path: path.clone(),
-        reason: e.to_string(),
-    };
+    let invalid = |e: serde_json::Error| FormatError::Json { path: path.clone(), reason: e.to_string() };
     let value: serde_json::Value = serde_json::from_slice(&text).map_err(invalid)?;
     let version = value.get("version").and_then(serde_json::Value::as_u64).unwrap_or(0);
     if version != u64::from(SIDECAR_VERSION) {
-        return Err(FormatError::SidecarVersion {
-            path,
-            expected: SIDECAR_VERSION,
-            got: version.try_into().unwrap_or(u32::MAX),
-        });
+        return Err(FormatError::SidecarVersion { path, expected: SIDECAR_VERSION, got: version.try_into().unwrap_or(u32::MAX) });
     }
     serde_json::from_value(value).map_err(invalid)
 }
 
 fn open_layer(dir: &Path, manifest: &Manifest, entry: &LayerEntry) -> Result<LayerExperts, FormatError> {
     let path = dir.join(&entry.file);
-    let corrupt = |reason: &str| FormatError::SidecarCorrupt {
-        path: path.clone(),
-        reason: reason.to_owned(),
-    };
+    let corrupt = |reason: &str| FormatError::SidecarCorrupt { path: path.clone(), reason: reason.to_owned() };
     if Path::new(&entry.file).file_name().is_none_or(|name| name != entry.file.as_str()) {
-        return Err(FormatError::SidecarCorrupt {
-            path: dir.join(MANIFEST),
-            reason: format!("{} is not a plain file name", entry.file),
-        });
+        return Err(FormatError::SidecarCorrupt { path: dir.join(MANIFEST), reason: format!("{} is not a plain file name", entry.file) });
     }
     let (gate_up, down) = (entry.gate_up, entry.down);
     let sane = |n: usize| (1..1 << 24).contains(&n);
@@ -110,12 +94,7 @@ fn open_layer(dir: &Path, manifest: &Manifest, entry: &LayerEntry) -> Result<Lay
     if layout.part_bytes != entry.part_bytes || trailer != expected || format!("{:016x}", trailer.index_hash) != entry.index_xxh3 {
         return Err(corrupt("it does not fit the manifest"));
     }
-    Ok(LayerExperts {
-        layer: entry.layer,
-        layout,
-        checksums,
-        path,
-    })
+    Ok(LayerExperts { layer: entry.layer, layout, checksums, path })
 }
 
 /// Length, trailer and index of a layer file, checked against each other.
@@ -128,11 +107,7 @@ pub(super) fn read_layer(path: &Path, layout: &RecordLayout, experts: usize) -> 
     let length = file.metadata().map_err(FormatError::io("examine", path))?.len();
     let expected = file_bytes(layout, experts);
     if length != expected {
-        return Err(FormatError::Truncated {
-            path: path.to_owned(),
-            expected,
-            got: length,
-        });
+        return Err(FormatError::Truncated { path: path.to_owned(), expected, got: length });
     }
     let mut tail = vec![0; experts * 16 + TRAILER];
     let at = length - tail.len() as u64;
@@ -141,11 +116,7 @@ pub(super) fn read_layer(path: &Path, layout: &RecordLayout, experts: usize) -> 
     let trailer = trailer.first_chunk().and_then(Trailer::parse);
     let (version, trailer) = trailer.ok_or_else(|| corrupt("its trailer is invalid".to_owned()))?;
     if version != SIDECAR_VERSION {
-        return Err(FormatError::SidecarVersion {
-            path: path.to_owned(),
-            expected: SIDECAR_VERSION,
-            got: version,
-        });
+        return Err(FormatError::SidecarVersion { path: path.to_owned(), expected: SIDECAR_VERSION, got: version });
     }
     if checksum(index) != trailer.index_hash {
         return Err(corrupt("its index has the wrong checksum".to_owned()));
@@ -173,17 +144,12 @@ pub struct VerifyReport {
 pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport, FormatError> {
     let sidecar = Sidecar::open_any(dir)?;
     let total = sidecar.layers.iter().map(|l| (l.experts() * l.layout.stride()) as u64).sum();
-    let mut report = VerifyReport {
-        layers: sidecar.layers.len(),
-        records: 0,
-        bytes: 0,
-    };
+    let mut report = VerifyReport { layers: sidecar.layers.len(), records: 0, bytes: 0 };
     for layer in &sidecar.layers {
         let file = File::open(&layer.path).map_err(FormatError::io("open", &layer.path))?;
         let mut record = vec![0; layer.layout.stride()];
         for expert in 0..layer.experts() {
-            file.read_exact_at(&mut record, layer.offset(expert, 0))
-                .map_err(FormatError::io("read", &layer.path))?;
+            file.read_exact_at(&mut record, layer.offset(expert, 0)).map_err(FormatError::io("read", &layer.path))?;
             let (gate_up, down) = record.split_at(layer.layout.part_bytes[0]);
             layer.check(expert, 0, gate_up)?;
             layer.check(expert, 1, down)?;
@@ -191,6 +157,7 @@ pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyRe
             report.bytes += record.len() as u64;
             progress(report.bytes, total);
         }
+        forget_pages(&file, 0, None);
     }
     Ok(report)
 }

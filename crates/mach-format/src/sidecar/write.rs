@@ -40,6 +40,24 @@ impl SidecarPlan {
     pub fn bytes(&self) -> u64 {
         self.layers.iter().map(|l| file_bytes(&l.layout, self.experts)).sum()
     }
+
+    /// Bytes that a build in `dir` has still to write: layers without a complete file of this source.
+    pub fn missing_bytes(&self, dir: &Path, source: &Fingerprint) -> u64 {
+        let missing = self.layers.iter().filter(|l| self.existing(dir, source, l).is_none());
+        missing.map(|l| file_bytes(&l.layout, self.experts)).sum()
+    }
+
+    fn file_of(&self, dir: &Path, source: &Fingerprint, shape: &LayerShape) -> ([u8; 32], PathBuf) {
+        let key = layer_key(source, shape.layer, self.experts, &shape.layout);
+        (key, dir.join(layer_file(shape.layer, &key)))
+    }
+
+    /// The index hash of a complete file of this layer.
+    fn existing(&self, dir: &Path, source: &Fingerprint, shape: &LayerShape) -> Option<u64> {
+        let (key, path) = self.file_of(dir, source, shape);
+        let (trailer, _) = read_layer(&path, &shape.layout, self.experts).ok()?;
+        (trailer.key == key && trailer.layer == shape.layer as u32).then_some(trailer.index_hash)
+    }
 }
 
 /// What happened to a layer.
@@ -75,34 +93,10 @@ impl SidecarWriter {
             rustix::io::Errno::WOULDBLOCK => FormatError::Busy { dir: dir.to_owned() },
             _ => FormatError::io("lock", &lock_path)(e.into()),
         })?;
-        let writer = Self {
-            dir: dir.to_owned(),
-            source: *source,
-            plan,
-            entries: Vec::new(),
-            _lock: lock,
-        };
+        let writer = Self { dir: dir.to_owned(), source: *source, plan, entries: Vec::new(), _lock: lock };
         // What a killed build left half done.
         writer.remove_files(|name| name.ends_with(".tmp"))?;
         Ok(writer)
-    }
-
-    /// Bytes that are still to be written: layers without a complete file.
-    pub fn missing_bytes(&self) -> u64 {
-        let missing = self.plan.layers.iter().filter(|l| self.existing(l).is_none());
-        missing.map(|l| file_bytes(&l.layout, self.plan.experts)).sum()
-    }
-
-    fn file_of(&self, shape: &LayerShape) -> ([u8; 32], PathBuf) {
-        let key = layer_key(&self.source, shape.layer, self.plan.experts, &shape.layout);
-        (key, self.dir.join(layer_file(shape.layer, &key)))
-    }
-
-    /// The index hash of a complete file of this layer.
-    fn existing(&self, shape: &LayerShape) -> Option<u64> {
-        let (key, path) = self.file_of(shape);
-        let (trailer, _) = read_layer(&path, &shape.layout, self.plan.experts).ok()?;
-        (trailer.key == key && trailer.layer == shape.layer as u32).then_some(trailer.index_hash)
     }
 
     /// Writes one layer of the plan. `fill(expert, gate_up, down)` is called from the threads of the rayon pool
@@ -114,10 +108,9 @@ impl SidecarWriter {
     where
         F: Fn(usize, &mut [u8], &mut [u8]) -> Result<(), FormatError> + Sync,
     {
-        let shape = self.plan.layers.iter().find(|l| l.layer == layer).copied().ok_or_else(|| FormatError::Plan {
-            reason: format!("layer {layer} is not in it"),
-        })?;
-        let (existing, (key, path)) = (self.existing(&shape), self.file_of(&shape));
+        let shape =
+            self.plan.layers.iter().find(|l| l.layer == layer).copied().ok_or_else(|| FormatError::Plan { reason: format!("layer {layer} is not in it") })?;
+        let (existing, (key, path)) = (self.plan.existing(&self.dir, &self.source, &shape), self.plan.file_of(&self.dir, &self.source, &shape));
         let (outcome, index_hash) = match existing {
             Some(hash) => {
                 progress(self.plan.experts);
@@ -143,7 +136,7 @@ impl SidecarWriter {
         F: Fn(usize, &mut [u8], &mut [u8]) -> Result<(), FormatError> + Sync,
     {
         let (experts, stride) = (self.plan.experts, shape.layout.stride());
-        let mut file = AtomicFile::create(path, file_bytes(&shape.layout, experts))?;
+        let mut file = AtomicFile::create(path, file_bytes(&shape.layout, experts))?.forget_when_done();
         let per_batch = (BATCH_BYTES / stride).clamp(1, experts.max(1));
         let mut batch = vec![0; per_batch * stride];
         let mut index = Vec::with_capacity(experts * 16);
@@ -164,13 +157,7 @@ impl SidecarWriter {
             progress(first + batch.len() / stride);
         }
         let index_hash = checksum(&index);
-        let trailer = Trailer {
-            layer: shape.layer as u32,
-            experts: experts as u32,
-            part_bytes: shape.layout.part_bytes.map(|b| b as u64),
-            index_hash,
-            key,
-        };
+        let trailer = Trailer { layer: shape.layer as u32, experts: experts as u32, part_bytes: shape.layout.part_bytes.map(|b| b as u64), index_hash, key };
         file.write(&index)?;
         file.write(&trailer.to_bytes())?;
         file.commit()?;
@@ -186,9 +173,7 @@ impl SidecarWriter {
         self.entries.sort_unstable_by_key(|e| e.layer);
         let written: Vec<usize> = self.entries.iter().map(|e| e.layer).collect();
         if let Some(missing) = self.plan.layers.iter().find(|l| !written.contains(&l.layer)) {
-            return Err(FormatError::Plan {
-                reason: format!("layer {} was not written", missing.layer),
-            });
+            return Err(FormatError::Plan { reason: format!("layer {} was not written", missing.layer) });
         }
         let manifest = Manifest {
             format: "mach-expert-sidecar".to_owned(),
@@ -200,13 +185,10 @@ impl SidecarWriter {
             layers: std::mem::take(&mut self.entries),
         };
         let path = self.dir.join(MANIFEST);
-        let mut text = serde_json::to_vec_pretty(&manifest).map_err(|e| FormatError::Json {
-            path: path.clone(),
-            reason: e.to_string(),
-        })?;
+        let mut text = serde_json::to_vec_pretty(&manifest).map_err(|e| FormatError::Json { path: path.clone(), reason: e.to_string() })?;
         text.push(b'\n');
         write_atomic(&path, &text)?;
-        self.remove_files(|name| name == LOCK || name.ends_with(".experts") && manifest.layers.iter().all(|l| l.file != name))?;
+        self.remove_files(|name| name.ends_with(".experts") && manifest.layers.iter().all(|l| l.file != name))?;
         Ok(manifest)
     }
 
@@ -218,5 +200,13 @@ impl SidecarWriter {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for SidecarWriter {
+    fn drop(&mut self) {
+        // The lock goes with the process anyway; a directory in which nothing was finished is not left behind.
+        let _ = fs::remove_file(self.dir.join(LOCK));
+        let _ = fs::remove_dir(&self.dir);
     }
 }

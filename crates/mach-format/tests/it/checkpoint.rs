@@ -58,10 +58,7 @@ fn an_unsharded_file_may_have_any_name_but_must_be_alone() {
 #[test]
 fn faults_of_directory_and_index_have_names() {
     let dir = tempdir().unwrap();
-    let (a, index) = (
-        dir.path().join("model-00001-of-00002.safetensors"),
-        dir.path().join("model.safetensors.index.json"),
-    );
+    let (a, index) = (dir.path().join("model-00001-of-00002.safetensors"), dir.path().join("model.safetensors.index.json"));
     assert_eq!(code(dir.path()), "not-a-checkpoint");
     two_shards(dir.path());
 
@@ -77,10 +74,7 @@ fn faults_of_directory_and_index_have_names() {
     fs::write(&a, &whole).unwrap();
 
     let good = fs::read_to_string(&index).unwrap();
-    let swapped = good
-        .replace("00001-of", "0000X-of")
-        .replace("00002-of", "00001-of")
-        .replace("0000X-of", "00002-of");
+    let swapped = good.replace("00001-of", "0000X-of").replace("00002-of", "00001-of").replace("0000X-of", "00002-of");
     for (bad, expected) in [
         (swapped.as_str(), "index-mismatch"),
         (&good.replace("a.weight", "c.weight"), "index-mismatch"),
@@ -108,24 +102,12 @@ fn hostile_headers_are_refused() {
         (with_header("{\"a\":", &[]), "invalid-header"),
         (with_header("\u{0}\u{1}", &[]), "invalid-header"),
         (with_header(&"[".repeat(100_000), &[]), "invalid-header"),
-        (
-            with_header(&format!("{{\"a\":{{{}}},\"b\":{{{}}}}}", entry("[0,8]"), entry("[4,12]")), &[0; 12]),
-            "invalid-header",
-        ),
+        (with_header(&format!("{{\"a\":{{{}}},\"b\":{{{}}}}}", entry("[0,8]"), entry("[4,12]")), &[0; 12]), "invalid-header"),
         (with_header(&format!("{{\"a\":{{{}}}}}", entry("[8,16]")), &[0; 16]), "invalid-header"),
         (with_header(&format!("{{\"a\":{{{}}}}}", entry("[8,0]")), &[0; 8]), "invalid-header"),
         (with_header(&format!("{{\"a\":{{{}}}}}", entry("[0,9]")), &[0; 9]), "invalid-header"),
-        (
-            with_header(
-                "{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4],\"data_offsets\":[0,8]}}",
-                &[0; 8],
-            ),
-            "invalid-header",
-        ),
-        (
-            with_header("{\"a\":{\"dtype\":\"F99\",\"shape\":[2],\"data_offsets\":[0,8]}}", &[0; 8]),
-            "invalid-header",
-        ),
+        (with_header("{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4],\"data_offsets\":[0,8]}}", &[0; 8]), "invalid-header"),
+        (with_header("{\"a\":{\"dtype\":\"F99\",\"shape\":[2],\"data_offsets\":[0,8]}}", &[0; 8]), "invalid-header"),
     ];
     for (i, (bytes, expected)) in files.iter().enumerate() {
         fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
@@ -138,11 +120,7 @@ fn wrong_tensors_are_named() {
     let dir = tempdir().unwrap();
     let ids = tensor("ids", "I64", &[1], vec![0; 8]);
     let fp8 = tensor("fp8.weight", "F8_E4M3", &[2, 2], vec![0; 4]);
-    write(
-        dir.path(),
-        &json!({}),
-        &[ids, fp8, plain("v.weight", "F32", &[3], &[0.0; 3]), plain("empty", "F32", &[0, 4], &[])],
-    );
+    write(dir.path(), &json!({}), &[ids, fp8, plain("v.weight", "F32", &[3], &[0.0; 3]), plain("empty", "F32", &[0, 4], &[])]);
     let ck = Checkpoint::open(dir.path()).unwrap();
     let name = |r: Result<_, FormatError>| r.err().map(|e| (e.code(), e.to_string()));
     let (code, text) = name(ck.read_f32("ids").map(drop)).unwrap();

@@ -16,21 +16,13 @@ fn open(dir: &Path, config: &Value, tensors: &[Tensor]) -> Checkpoint {
 /// A packed matrix read element by element.
 fn unpack(layout: &PackedLayout, tiles: &[u8], stride: usize) -> Vec<f32> {
     let at = |row: usize, col: usize| layout.element(&tiles[row / TILE_ROWS * stride..][..layout.tile_bytes()], row % TILE_ROWS, col);
-    (0..layout.rows)
-        .flat_map(|r| (0..layout.cols).map(move |c| (r, c)))
-        .map(|(r, c)| at(r, c))
-        .collect()
+    (0..layout.rows).flat_map(|r| (0..layout.cols).map(move |c| (r, c))).map(|(r, c)| at(r, c)).collect()
 }
 
 fn check(m: &Matrix, expected: &[f32]) {
     assert_eq!(m.to_f32().unwrap(), expected, "to_f32 of {}", m.name());
     let packed = m.pack().unwrap();
-    assert_eq!(
-        unpack(&packed.layout, &packed.data, packed.layout.tile_bytes()),
-        expected,
-        "pack of {}",
-        m.name()
-    );
+    assert_eq!(unpack(&packed.layout, &packed.data, packed.layout.tile_bytes()), expected, "pack of {}", m.name());
     let mut row = vec![0.0; m.cols()];
     let last = m.rows() - 1;
     m.row_f32(last, &mut row).unwrap();
@@ -68,11 +60,7 @@ fn affine(n: usize, bits: u32, group: usize, ty: &str) -> (Vec<u8>, Vec<f32>, Ve
     let q: Vec<u8> = weights(n, 3).iter().map(|x| ((x.abs() * 1e6) as u32 % (1 << bits)) as u8).collect();
     // MLX writes scales of both signs.
     let (scales, biases) = (rounded(ty, &weights(n / group, 4)), rounded(ty, &weights(n / group, 5)));
-    let values = q
-        .iter()
-        .enumerate()
-        .map(|(i, q)| scales[i / group].mul_add(f32::from(*q), biases[i / group]))
-        .collect();
+    let values = q.iter().enumerate().map(|(i, q)| scales[i / group].mul_add(f32::from(*q), biases[i / group])).collect();
     (q, scales, biases, values)
 }
 
@@ -130,14 +118,8 @@ fn scales_must_fit_their_words() {
     assert_eq!(code(&|t| drop(t.remove(1))), Some("missing-tensor"));
     assert_eq!(code(&|t| t[1].shape = vec![8, 4]), Some("wrong-shape"));
     assert_eq!(code(&|t| (t[1].shape, t[2].shape) = (vec![8, 4], vec![8, 4])), Some("wrong-shape"));
-    assert_eq!(
-        code(&|t| t[0] = tensor("m.weight", "U32", &[16, 8], vec![0; 512])),
-        Some("quantisation-mismatch")
-    );
-    assert_eq!(
-        code(&|t| t[1] = tensor("m.scales", "U8", &[16, 2], vec![0; 32])),
-        Some("unsupported-quantisation")
-    );
+    assert_eq!(code(&|t| t[0] = tensor("m.weight", "U32", &[16, 8], vec![0; 512])), Some("quantisation-mismatch"));
+    assert_eq!(code(&|t| t[1] = tensor("m.scales", "U8", &[16, 2], vec![0; 32])), Some("unsupported-quantisation"));
 }
 
 #[test]

@@ -17,11 +17,7 @@ const INNER: usize = 32;
 const HIDDEN: usize = 64;
 
 const fn affine(bits: u8) -> WeightFormat {
-    WeightFormat::Affine {
-        bits,
-        group: 32,
-        scales: ScaleType::F16,
-    }
+    WeightFormat::Affine { bits, group: 32, scales: ScaleType::F16 }
 }
 
 fn fused(seed: u64) -> Vec<Tensor> {
@@ -29,18 +25,8 @@ fn fused(seed: u64) -> Vec<Tensor> {
         plain("embed.weight", "BF16", &[40, HIDDEN], &weights(40 * HIDDEN, seed)),
         plain("norm.weight", "F32", &[HIDDEN], &weights(HIDDEN, seed + 1)),
         plain("mlp.gate.weight", "BF16", &[EXPERTS, HIDDEN], &weights(EXPERTS * HIDDEN, seed + 2)),
-        plain(
-            "mlp.experts.gate_up_proj",
-            "BF16",
-            &[EXPERTS, 2 * INNER, HIDDEN],
-            &weights(EXPERTS * 2 * INNER * HIDDEN, seed + 3),
-        ),
-        plain(
-            "mlp.experts.down_proj",
-            "BF16",
-            &[EXPERTS, HIDDEN, INNER],
-            &weights(EXPERTS * HIDDEN * INNER, seed + 4),
-        ),
+        plain("mlp.experts.gate_up_proj", "BF16", &[EXPERTS, 2 * INNER, HIDDEN], &weights(EXPERTS * 2 * INNER * HIDDEN, seed + 3)),
+        plain("mlp.experts.down_proj", "BF16", &[EXPERTS, HIDDEN, INNER], &weights(EXPERTS * HIDDEN * INNER, seed + 4)),
     ]
 }
 

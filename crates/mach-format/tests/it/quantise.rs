@@ -23,11 +23,7 @@ fn roundtrip(row: &[f32], bits: u8, group: usize) -> Result<Quantised, QuantiseE
     let mut values = vec![0.0; row.len()];
     dequantise_row(bits, group, ty, &data, &scales, &biases, &mut values);
     let widen = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect();
-    Ok(Quantised {
-        values,
-        scales: widen(&scales),
-        biases: widen(&biases),
-    })
+    Ok(Quantised { values, scales: widen(&scales), biases: widen(&biases) })
 }
 
 /// Plain rounding over the whole range of a group, in f64: what the quantiser must not be worse than.
@@ -36,28 +32,20 @@ fn min_max_error(values: &[f32], bits: u8) -> f64 {
     let top = f64::from((1u32 << bits) - 1);
     let (scale, bias) = (f64::from(f16::from_f64((hi - lo) / top)), f64::from(f16::from_f64(lo)));
     let error = |x: f64| x - (((x - bias) / scale).round().clamp(0.0, top) * scale + bias);
-    if scale == 0.0 {
-        f64::MAX
-    } else {
-        values.iter().map(|&x| error(x.into()).powi(2)).sum()
-    }
+    if scale == 0.0 { f64::MAX } else { values.iter().map(|&x| error(x.into()).powi(2)).sum() }
 }
 
 fn row() -> impl Strategy<Value = Vec<f32>> {
     let magnitude = prop_oneof![Just(1e-3f32), Just(0.05), Just(1.0), Just(300.0)];
-    (
-        magnitude,
-        prop::collection::vec(-1.0f32..1.0, 128),
-        prop::option::of((0usize..128, 4.0f32..20.0)),
-        -1.0f32..1.0,
-    )
-        .prop_map(|(magnitude, mut row, outlier, shift)| {
+    (magnitude, prop::collection::vec(-1.0f32..1.0, 128), prop::option::of((0usize..128, 4.0f32..20.0)), -1.0f32..1.0).prop_map(
+        |(magnitude, mut row, outlier, shift)| {
             if let Some((at, factor)) = outlier {
                 row[at] *= factor;
             }
             row.iter_mut().for_each(|x| *x = (*x + shift) * magnitude);
             row
-        })
+        },
+    )
 }
 
 proptest! {
@@ -113,11 +101,7 @@ fn packing_quantises_on_the_way() {
     let dir = tempdir().unwrap();
     write(dir.path(), &json!({}), &[plain("m.weight", "F32", &[rows, cols], &weights(rows * cols, 2))]);
     let m = Checkpoint::open(dir.path()).unwrap().matrix("m").unwrap();
-    let format = |group| WeightFormat::Affine {
-        bits: 4,
-        group,
-        scales: ScaleType::F16,
-    };
+    let format = |group| WeightFormat::Affine { bits: 4, group, scales: ScaleType::F16 };
     let layout = m.quantised_layout(format(32)).unwrap();
     let mut tiles = vec![0xee; layout.bytes()];
     m.pack_quantised_into(&mut tiles, layout.tile_bytes(), format(32)).unwrap();
@@ -126,10 +110,6 @@ fn packing_quantises_on_the_way() {
         let got: Vec<f32> = (0..cols).map(|c| layout.element(tile, r % 16, c)).collect();
         assert_eq!(got, roundtrip(row, 4, 32).unwrap().values);
     }
-    assert_eq!(
-        m.quantised_layout(format(64)).unwrap_err().code(),
-        "unsupported-quantisation",
-        "64 does not divide 96"
-    );
+    assert_eq!(m.quantised_layout(format(64)).unwrap_err().code(), "unsupported-quantisation", "64 does not divide 96");
     assert_eq!(m.quantised_layout(WeightFormat::F16).unwrap_err().code(), "unsupported-quantisation");
 }

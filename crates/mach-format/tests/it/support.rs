@@ -14,12 +14,7 @@ pub struct Tensor {
 }
 
 pub fn tensor(name: &str, dtype: &'static str, shape: &[usize], data: Vec<u8>) -> Tensor {
-    Tensor {
-        name: name.to_owned(),
-        dtype,
-        shape: shape.to_vec(),
-        data,
-    }
+    Tensor { name: name.to_owned(), dtype, shape: shape.to_vec(), data }
 }
 
 /// A plain tensor in `F32`, `F16` or `BF16`.
@@ -71,10 +66,7 @@ pub fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
     for t in tensors {
         let start = data.len();
         data.extend(&t.data);
-        header.insert(
-            t.name.clone(),
-            json!({ "dtype": t.dtype, "shape": t.shape, "data_offsets": [start, data.len()] }),
-        );
+        header.insert(t.name.clone(), json!({ "dtype": t.dtype, "shape": t.shape, "data_offsets": [start, data.len()] }));
     }
     with_header(&Value::Object(header).to_string(), &data)
 }
