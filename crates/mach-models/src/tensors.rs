@@ -207,6 +207,11 @@ impl Resolved {
         &self.unused
     }
 
+    /// Format of the output head.
+    pub fn head_format(&self) -> WeightFormat {
+        self.head.format()
+    }
+
     /// The embedding, read row by row on demand.
     pub fn embedding(&self) -> &Matrix {
         &self.embed

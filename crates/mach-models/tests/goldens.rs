@@ -1,0 +1,72 @@
+//! Every family against `transformers`: logits, routes and greedy continuations of the committed tiny checkpoints.
+//! `cargo xtask goldens` makes them.
+
+mod support;
+
+use std::sync::Arc;
+
+use mach_backend::{Backend, Reference};
+use mach_models::{Row, Want};
+use safetensors::SafeTensors;
+use support::{Run, SETS, golden, load, logits};
+
+struct Golden {
+    input: Vec<u32>,
+    logits: Vec<f32>,
+    routes: Vec<u32>,
+    greedy: Vec<u32>,
+}
+
+fn read(name: &str) -> Golden {
+    let bytes = std::fs::read(golden(name).join("golden.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let words = |key: &str| -> Vec<[u8; 4]> {
+        let t = file.tensor(key).unwrap();
+        let width = t.data().len() / t.shape().iter().product::<usize>();
+        t.data().chunks_exact(width).map(|b| [b[0], b[1], b[2], b[3]]).collect()
+    };
+    let ids = |key: &str| words(key).into_iter().map(u32::from_le_bytes).collect::<Vec<_>>();
+    Golden { input: ids("input_ids"), logits: words("logits").into_iter().map(f32::from_le_bytes).collect(), routes: ids("router_ids"), greedy: ids("greedy_tokens") }
+}
+
+/// Max |Δ| over the range of the reference logits.
+fn relative_error(ours: &[f32], theirs: &[f32]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    let (low, high) = theirs.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), &x| (l.min(x), h.max(x)));
+    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / (high - low)
+}
+
+fn arg_max(row: &[f32]) -> u32 {
+    (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as u32
+}
+
+/// Logits within 2e-4 of their range, routes and 32 greedy tokens identical. Quantised sets may use int8 activations
+/// on the CPU backend, so they are held to the plain backend only.
+fn check<B: Backend>(backend: Arc<B>, name: &str) {
+    let g = read(name);
+    let mut model = load(backend, &golden(name), Run::default());
+    let (ours, log) = logits(&mut model, &g.input);
+    let routes: Vec<u32> = log.layers.iter().flat_map(|l| l.0.iter().copied()).collect();
+    assert_eq!(routes, g.routes, "{name}: routes");
+    let error = relative_error(&ours, &g.logits);
+    assert!(error <= 2e-4, "{name}: logits are off by {error} of their range");
+
+    let mut seq = model.sequence();
+    let (mut tokens, mut out) = (g.input.clone(), Vec::new());
+    for _ in 0..g.greedy.len() {
+        let start = seq.len();
+        let n = tokens.len() - start;
+        let rows = (start..tokens.len()).map(|pos| Row { seq: 0, pos, token: tokens[pos], want: if pos + 1 == tokens.len() { Want::Logits } else { Want::Nothing } });
+        model.forward(&mut [&mut seq], rows.collect(), None, &|| false, &mut |_, row| out = row.to_vec()).unwrap();
+        seq.commit(n);
+        tokens.push(arg_max(&out));
+    }
+    assert_eq!(tokens[g.input.len()..], g.greedy, "{name}: greedy continuation");
+}
+
+#[test]
+fn the_plain_backend_agrees_with_transformers() {
+    for name in SETS {
+        check(Arc::new(Reference), name);
+    }
+}
