@@ -290,3 +290,16 @@ impl Backend for Cpu {
         ops::linear::ffn_add(self.cx(), &mut self.scratch(), activation, x, rows, gate_up, down, gate, act, out);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_kernel_set_is_named() {
+        let error = KernelSet::checked("sse9").unwrap_err();
+        assert_eq!(error.code(), "unknown-kernels");
+        assert!(error.to_string().contains("sse9") && error.to_string().contains("neon-dot"), "{error}");
+        assert_eq!(KernelSet::checked("scalar").unwrap(), KernelSet::Scalar);
+    }
+}
