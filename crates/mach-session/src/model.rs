@@ -61,12 +61,7 @@ impl TextModel {
         if defaults.eos.is_empty() {
             defaults.eos.extend(tokenizer.eos_id());
         }
-        Ok(Self {
-            tokenizer: Arc::new(tokenizer),
-            template,
-            defaults,
-            dir: dir.into(),
-        })
+        Ok(Self { tokenizer: Arc::new(tokenizer), template, defaults, dir: dir.into() })
     }
 
     /// The tokenizer.
@@ -93,10 +88,7 @@ impl TextModel {
             Ok(template) => template.render(input.messages, input.tools, input.kwargs, input.add_generation_prompt),
             Err(TextError::TemplateSyntax(message)) => Err(TextError::TemplateSyntax(message.clone())),
             Err(TextError::NoTemplate(dir)) => Err(TextError::NoTemplate(dir.clone())),
-            Err(e) => Err(TextError::Invalid {
-                path: self.dir.join("chat_template.jinja"),
-                reason: e.to_string(),
-            }),
+            Err(e) => Err(TextError::Invalid { path: self.dir.join("chat_template.jinja"), reason: e.to_string() }),
         }
     }
 
@@ -118,11 +110,7 @@ impl TextModel {
     /// [`TextError::Encode`].
     pub fn raw_prompt(&self, text: &str) -> Result<Prompt, TextError> {
         let tokens = self.tokenizer.encode(text, true)?;
-        Ok(Prompt {
-            text: text.to_owned(),
-            tokens,
-            snapshot_at: Vec::new(),
-        })
+        Ok(Prompt { text: text.to_owned(), tokens, snapshot_at: Vec::new() })
     }
 
     /// Where the last user turn starts and ends, in tokens. Both are found by rendering a conversation that differs from there on and
@@ -134,11 +122,7 @@ impl TextModel {
         };
         let agreed = |messages: Vec<Value>, add_generation_prompt: bool| {
             let messages = Value::Array(messages);
-            let variant = self.render(ChatInput {
-                messages: &messages,
-                add_generation_prompt,
-                ..input
-            });
+            let variant = self.render(ChatInput { messages: &messages, add_generation_prompt, ..input });
             variant.map_or(0, |variant| common_prefix(&variant, text))
         };
         let mut other = messages.clone();

@@ -15,10 +15,7 @@ pub(crate) struct TextScan {
 
 impl TextScan {
     pub(crate) fn new(tokenizer: Arc<Tokenizer>, stops: &[String]) -> Self {
-        Self {
-            decoder: TextDecoder::new(tokenizer),
-            matcher: StopMatcher::new(stops),
-        }
+        Self { decoder: TextDecoder::new(tokenizer), matcher: StopMatcher::new(stops) }
     }
 
     pub(crate) fn push(&mut self, token: u32) -> Scanned {
@@ -55,14 +52,7 @@ pub(crate) struct TextPolicy {
 impl TextPolicy {
     /// `None` when there is nothing to do.
     pub(crate) fn new(scan: TextScan, has_stops: bool, mask_from: Option<usize>) -> Option<Self> {
-        (has_stops || mask_from.is_some()).then(|| Self {
-            start: scan.clone(),
-            scan,
-            has_stops,
-            tokens: Vec::new(),
-            history: VecDeque::new(),
-            mask_from,
-        })
+        (has_stops || mask_from.is_some()).then(|| Self { start: scan.clone(), scan, has_stops, tokens: Vec::new(), history: VecDeque::new(), mask_from })
     }
 }
 
@@ -84,11 +74,7 @@ impl RowPolicy for TextPolicy {
         }
         self.history.push_back(self.scan.clone());
         self.tokens.push(token);
-        if self.scan.push(token).stop.is_some() {
-            Verdict::Stop
-        } else {
-            Verdict::Continue
-        }
+        if self.scan.push(token).stop.is_some() { Verdict::Stop } else { Verdict::Continue }
     }
 
     fn rollback(&mut self, n: usize) {

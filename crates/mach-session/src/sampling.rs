@@ -129,22 +129,11 @@ mod tests {
         let config = json!({"temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1, "do_sample": true, "min_p": null});
         let defaults = GenerationDefaults::from_json(&config, &Value::Null).sampling;
         let plain = SamplingOverrides::default().resolve(&defaults);
-        assert_eq!(
-            (plain.temperature, plain.top_k, plain.top_p, plain.min_p, plain.repetition_penalty),
-            (0.6, 20, 0.9, 0.0, 1.1)
-        );
+        assert_eq!((plain.temperature, plain.top_k, plain.top_p, plain.min_p, plain.repetition_penalty), (0.6, 20, 0.9, 0.0, 1.1));
 
-        let asked = SamplingOverrides {
-            temperature: Some(0.0),
-            presence_penalty: Some(0.5),
-            seed: Some(7),
-            ..Default::default()
-        };
+        let asked = SamplingOverrides { temperature: Some(0.0), presence_penalty: Some(0.5), seed: Some(7), ..Default::default() };
         let greedy = asked.resolve(&defaults);
-        assert_eq!(
-            (greedy.temperature, greedy.repetition_penalty, greedy.presence_penalty, greedy.seed),
-            (0.0, 1.0, 0.5, 7)
-        );
+        assert_eq!((greedy.temperature, greedy.repetition_penalty, greedy.presence_penalty, greedy.seed), (0.0, 1.0, 0.5, 7));
         assert_eq!(SamplingOverrides::default().resolve(&SamplingOverrides::default()).temperature, 1.0);
     }
 
@@ -155,11 +144,7 @@ mod tests {
         let defaults = GenerationDefaults::from_json(&config, &Value::Null).sampling;
         let silent = SamplingOverrides::default().resolve(&defaults);
         assert_eq!((silent.temperature, silent.repetition_penalty), (0.0, 1.0));
-        let warm = SamplingOverrides {
-            temperature: Some(0.5),
-            ..Default::default()
-        }
-        .resolve(&defaults);
+        let warm = SamplingOverrides { temperature: Some(0.5), ..Default::default() }.resolve(&defaults);
         assert_eq!((warm.temperature, warm.repetition_penalty), (0.5, 1.3));
     }
 
@@ -167,10 +152,7 @@ mod tests {
     #[test]
     fn end_tokens_are_a_union() {
         let eos = |generation, config| GenerationDefaults::from_json(&generation, &config).eos;
-        assert_eq!(
-            eos(json!({"eos_token_id": [5, 3]}), json!({"text_config": {"eos_token_id": 3}, "eos_token_id": 9})),
-            [5, 3, 9]
-        );
+        assert_eq!(eos(json!({"eos_token_id": [5, 3]}), json!({"text_config": {"eos_token_id": 3}, "eos_token_id": 9})), [5, 3, 9]);
         assert_eq!(eos(json!({}), json!({"text_config": {"eos_token_id": 4}})), [4]);
         assert_eq!(eos(Value::Null, json!({"eos_token_id": null})), Vec::<u32>::new());
     }

@@ -146,11 +146,7 @@ impl Session {
         let (tx, events) = channel();
         // A receiver that is gone is no error: the stream's guard has cancelled the request.
         let cancel = self.generate_with(request, move |event| drop(tx.send(event)))?;
-        Ok(TextStream {
-            events,
-            guard: CancelGuard(cancel),
-            ended: false,
-        })
+        Ok(TextStream { events, guard: CancelGuard(cancel), ended: false })
     }
 }
 
@@ -167,21 +163,13 @@ impl Emitter {
             Event::Token { id, logits } => {
                 let scanned = self.scan.push(id);
                 self.stop = self.stop.take().or(scanned.stop);
-                sink(TextEvent::Delta {
-                    text: scanned.text,
-                    token: Some(id),
-                    logits,
-                });
+                sink(TextEvent::Delta { text: scanned.text, token: Some(id), logits });
             }
             Event::Finished { mut reason, receipt } => {
                 let rest = self.scan.finish();
                 self.stop = self.stop.take().or(rest.stop);
                 if !rest.text.is_empty() {
-                    sink(TextEvent::Delta {
-                        text: rest.text,
-                        token: None,
-                        logits: None,
-                    });
+                    sink(TextEvent::Delta { text: rest.text, token: None, logits: None });
                 }
                 if self.stop.is_some() && reason == FinishReason::Length {
                     reason = FinishReason::Stop;
@@ -221,21 +209,12 @@ impl TextStream {
                     tokens.extend(token);
                 }
                 TextEvent::Finished { reason, stop, receipt } => {
-                    return Ok(Reply {
-                        text,
-                        tokens,
-                        reason,
-                        stop,
-                        receipt,
-                    });
+                    return Ok(Reply { text, tokens, reason, stop, receipt });
                 }
                 TextEvent::Failed { code, message } => return Err(SessionError::Failed { code, message }),
             }
         }
-        Err(SessionError::Failed {
-            code: ENGINE_GONE,
-            message: GONE_MESSAGE.to_owned(),
-        })
+        Err(SessionError::Failed { code: ENGINE_GONE, message: GONE_MESSAGE.to_owned() })
     }
 }
 
@@ -249,10 +228,7 @@ impl Iterator for TextStream {
         if self.ended {
             return None;
         }
-        let event = self.events.recv().unwrap_or_else(|_| TextEvent::Failed {
-            code: ENGINE_GONE,
-            message: GONE_MESSAGE.to_owned(),
-        });
+        let event = self.events.recv().unwrap_or_else(|_| TextEvent::Failed { code: ENGINE_GONE, message: GONE_MESSAGE.to_owned() });
         self.ended = matches!(event, TextEvent::Finished { .. } | TextEvent::Failed { .. });
         Some(event)
     }

@@ -61,10 +61,7 @@ impl ThinkSplitter {
 
     fn take(&mut self, parts: &mut Vec<Part>) {
         if !self.held.is_empty() {
-            parts.push(Part {
-                thinking: self.thinking,
-                text: std::mem::take(&mut self.held),
-            });
+            parts.push(Part { thinking: self.thinking, text: std::mem::take(&mut self.held) });
         }
     }
 }

@@ -13,15 +13,7 @@ fn tiny() -> PathBuf {
 }
 
 fn info(context: usize) -> EngineInfo {
-    EngineInfo {
-        arch: "scripted".into(),
-        context,
-        context_train: context,
-        vocab: 4100,
-        parameters: 0,
-        weight_bytes: 0,
-        signals: Vec::new(),
-    }
+    EngineInfo { arch: "scripted".into(), context, context_train: context, vocab: 4100, parameters: 0, weight_bytes: 0, signals: Vec::new() }
 }
 
 /// What the engine thread saw of a request.
@@ -42,10 +34,10 @@ fn session(script: &str) -> (Session, std::sync::mpsc::Receiver<Seen>) {
     let script = text.tokenizer().encode(script, false).unwrap();
     let (handle, submissions) = EngineHandle::new(info(512));
     let (tx, seen) = channel();
-    let stats = handle.clone();
+    let stats = handle.shared_stats();
     std::thread::spawn(move || {
         for mut submission in submissions {
-            stats.with_stats(|s| s.queued -= 1);
+            stats.with(|s| s.queued -= 1);
             let _ = tx.send(run(&mut submission, &script));
         }
     });
@@ -86,11 +78,7 @@ fn run(submission: &mut Submission, script: &[u32]) -> Seen {
             break;
         }
     }
-    let receipt = Receipt {
-        prompt_tokens: total,
-        completion_tokens: accepted,
-        ..Receipt::default()
-    };
+    let receipt = Receipt { prompt_tokens: total, completion_tokens: accepted, ..Receipt::default() };
     (submission.sink)(Event::Finished { reason, receipt });
     Seen {
         prompt: request.prompt.clone(),
@@ -103,12 +91,7 @@ fn run(submission: &mut Submission, script: &[u32]) -> Seen {
 }
 
 fn chat<'a>(messages: &'a Value, kwargs: &'a Map<String, Value>) -> ChatInput<'a> {
-    ChatInput {
-        messages,
-        tools: None,
-        kwargs,
-        add_generation_prompt: true,
-    }
+    ChatInput { messages, tools: None, kwargs, add_generation_prompt: true }
 }
 
 /// A chat goes in as the template's tokens and comes out as text, ended by the end token, with the checkpoint's sampling.
@@ -118,14 +101,7 @@ fn a_chat_becomes_tokens_and_text() {
     let messages = json!([{"role": "user", "content": "Hi"}]);
     let prompt = session.text().chat_prompt(chat(&messages, &Map::new())).unwrap();
     assert_eq!(prompt.text, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n");
-    let reply = session
-        .generate(GenerateRequest {
-            prompt: prompt.clone(),
-            ..Default::default()
-        })
-        .unwrap()
-        .wait()
-        .unwrap();
+    let reply = session.generate(GenerateRequest { prompt: prompt.clone(), ..Default::default() }).unwrap().wait().unwrap();
     assert_eq!(reply.text, "Hëllo 🙂, wörld<think>x</think>");
     assert_eq!((reply.reason, reply.stop), (FinishReason::Stop, None));
     assert_eq!(session.text().tokenizer().decode(&reply.tokens), reply.text);
@@ -139,17 +115,9 @@ fn a_chat_becomes_tokens_and_text() {
 #[test]
 fn stop_strings_end_the_row() {
     let script = "The quick brown fox jumps over the lazy dog. The end of the story is here.";
-    for (stop, want) in [
-        ("x jum", "The quick brown fo"),
-        ("The end", "The quick brown fox jumps over the lazy dog. "),
-        ("The", ""),
-    ] {
+    for (stop, want) in [("x jum", "The quick brown fo"), ("The end", "The quick brown fox jumps over the lazy dog. "), ("The", "")] {
         let (session, seen) = session(script);
-        let request = GenerateRequest {
-            prompt: session.text().raw_prompt("go").unwrap(),
-            stop: vec!["never".into(), stop.into()],
-            ..Default::default()
-        };
+        let request = GenerateRequest { prompt: session.text().raw_prompt("go").unwrap(), stop: vec!["never".into(), stop.into()], ..Default::default() };
         let mut text = String::new();
         let mut last = None;
         for event in session.generate(request).unwrap() {
@@ -175,13 +143,7 @@ fn long_roll_backs_are_exact() {
     let text = TextModel::open(&tiny()).unwrap();
     let (handle, submissions) = EngineHandle::new(info(4096));
     let session = Session::new(handle, Arc::new(text));
-    let _stream = session
-        .generate(GenerateRequest {
-            prompt: Prompt::from_tokens(vec![1]),
-            stop: vec!["dog cat".into()],
-            ..Default::default()
-        })
-        .unwrap();
+    let _stream = session.generate(GenerateRequest { prompt: Prompt::from_tokens(vec![1]), stop: vec!["dog cat".into()], ..Default::default() }).unwrap();
     let mut policy = submissions.recv().unwrap().request.policy.unwrap();
     let tokens = session.text().tokenizer().encode("a dog", false).unwrap();
     for &id in &tokens {
@@ -205,22 +167,13 @@ fn raw_requests_and_cancellation() {
         ignore_generation_config: true,
         ignore_eos: true,
         max_tokens: Some(2),
-        sampling: SamplingOverrides {
-            seed: Some(3),
-            ..Default::default()
-        },
+        sampling: SamplingOverrides { seed: Some(3), ..Default::default() },
         ..Default::default()
     };
     let reply = session.generate(request.clone()).unwrap().wait().unwrap();
     assert_eq!((reply.tokens.len(), reply.reason), (2, FinishReason::Length));
     let got = seen.recv().unwrap();
-    assert_eq!(
-        got.sampling,
-        Sampling {
-            seed: 3,
-            ..Sampling::default()
-        }
-    );
+    assert_eq!(got.sampling, Sampling { seed: 3, ..Sampling::default() });
     assert_eq!((got.prompt, got.stop_ids, got.snapshot_at), (vec![5, 6, 7], vec![], vec![]));
 
     let stream = session.generate(request).unwrap();
@@ -234,16 +187,8 @@ fn raw_requests_and_cancellation() {
 fn refusals_are_named() {
     let (session, _seen) = session("x");
     let ask = |tokens: Vec<u32>| {
-        let request = GenerateRequest {
-            prompt: Prompt::from_tokens(tokens),
-            ..Default::default()
-        };
-        session.generate(request).err().map(|e| {
-            (
-                e.code(),
-                matches!(e, SessionError::Submit(SubmitError::ContextOverflow { prompt: 600, context: 512 })),
-            )
-        })
+        let request = GenerateRequest { prompt: Prompt::from_tokens(tokens), ..Default::default() };
+        session.generate(request).err().map(|e| (e.code(), matches!(e, SessionError::Submit(SubmitError::ContextOverflow { prompt: 600, context: 512 }))))
     };
     assert_eq!(ask(vec![1; 600]), Some(("context-overflow", true)));
     assert_eq!(ask(vec![]), Some(("empty-prompt", false)));
@@ -256,12 +201,7 @@ fn a_dead_engine_is_a_failure() {
     let text = Arc::new(TextModel::open(&tiny()).unwrap());
     let (handle, submissions) = EngineHandle::new(info(64));
     let session = Session::new(handle, text);
-    let stream = session
-        .generate(GenerateRequest {
-            prompt: Prompt::from_tokens(vec![1]),
-            ..Default::default()
-        })
-        .unwrap();
+    let stream = session.generate(GenerateRequest { prompt: Prompt::from_tokens(vec![1]), ..Default::default() }).unwrap();
     drop(submissions);
     assert_eq!(stream.wait().unwrap_err().code(), "engine-gone");
 }
@@ -281,11 +221,7 @@ fn snapshots_survive_the_next_turn() {
     let now = Value::Array(messages.clone());
     let prompt = model.chat_prompt(chat(&now, &thinking)).unwrap();
     let text_at = |p: usize| {
-        model.tokenizer().encode(&prompt.text, false).unwrap()[..p]
-            .iter()
-            .map(|&t| model.tokenizer().token_bytes(t).unwrap())
-            .collect::<Vec<_>>()
-            .concat()
+        model.tokenizer().encode(&prompt.text, false).unwrap()[..p].iter().map(|&t| model.tokenizer().token_bytes(t).unwrap()).collect::<Vec<_>>().concat()
     };
     assert_eq!(prompt.snapshot_at.len(), 2, "{:?}", prompt.snapshot_at);
     assert!(text_at(prompt.snapshot_at[0]).ends_with(b"Answer<|im_end|>\n<|im_start|>user\n"));
