@@ -5,28 +5,24 @@ use axum::response::{IntoResponse, Response};
 use mach_engine::SubmitError;
 use mach_session::SessionError;
 use mach_text::TextError;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// An error on its way to a client.
 #[derive(Debug)]
 pub(crate) struct ApiError {
     status: StatusCode,
     kind: &'static str,
-    code: Option<String>,
+    code: &'static str,
     param: Option<String>,
     message: String,
     retry_after: Option<u32>,
-    extra: Map<String, Value>,
+    /// Prompt tokens and context size of an overflow, in llama.cpp's fields.
+    overflow: Option<(usize, usize)>,
 }
 
 impl ApiError {
-    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None, extra: Map::new() }
-    }
-
-    fn code(mut self, code: impl Into<String>) -> Self {
-        self.code = Some(code.into());
-        self
+    fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, code, param: None, message: message.into(), retry_after: None, overflow: None }
     }
 
     fn param(mut self, param: impl Into<String>) -> Self {
@@ -36,52 +32,52 @@ impl ApiError {
 
     /// 400 for one parameter.
     pub(crate) fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message).code("invalid_value").param(param)
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "invalid_value", message).param(param)
     }
 
     /// 400 for a parameter that is known and not served.
     pub(crate) fn unsupported(param: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message).code("unsupported_parameter").param(param)
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "unsupported_parameter", message).param(param)
     }
 
     /// 400 for a body that is no JSON object.
     pub(crate) fn malformed(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message).code("invalid_json")
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "invalid_json", message)
     }
 
     /// 413.
     pub(crate) fn too_large(limit: usize) -> Self {
         let message = format!("the request body is larger than {} MiB", limit >> 20);
-        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message).code("request_too_large")
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", "request_too_large", message)
     }
 
     /// 401.
     pub(crate) fn unauthorized() -> Self {
         let message = "missing or wrong API key: send it as \"Authorization: Bearer KEY\" or \"x-api-key: KEY\"";
-        Self::new(StatusCode::UNAUTHORIZED, "authentication_error", message).code("invalid_api_key")
+        Self::new(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key", message)
     }
 
     /// 403 for a Host or Origin that is not this machine.
     pub(crate) fn foreign(header: &str) -> Self {
         let message = format!("the {header} header does not name this machine, and the server listens on loopback only");
-        Self::new(StatusCode::FORBIDDEN, "permission_error", message).code("foreign_host")
+        Self::new(StatusCode::FORBIDDEN, "permission_error", "foreign_host", message)
     }
 
     /// 404 for a path.
     pub(crate) fn no_route(method: &str, path: &str) -> Self {
-        Self::new(StatusCode::NOT_FOUND, "not_found_error", format!("there is no {method} {path}")).code("not_found")
+        Self::new(StatusCode::NOT_FOUND, "not_found_error", "not_found", format!("there is no {method} {path}"))
     }
 
     /// 405.
     pub(crate) fn wrong_method(method: &str, path: &str) -> Self {
         let message = format!("{path} does not take {method}");
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message).code("method_not_allowed")
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", "method_not_allowed", message)
     }
 
     /// 404 for a model.
     pub(crate) fn no_model(id: &str, served: &str) -> Self {
         let message = format!("the model `{id}` does not exist; this server serves `{served}`");
-        Self::new(StatusCode::NOT_FOUND, "not_found_error", message).code("model_not_found").param("model")
+        Self::new(StatusCode::NOT_FOUND, "not_found_error", "model_not_found", message).param("model")
     }
 
     /// 400 in the words that agents look for: vLLM's, OpenAI's and llama.cpp's.
@@ -90,20 +86,19 @@ impl ApiError {
             "This model's maximum context length is {context} tokens. However, your request has {prompt} prompt tokens, which exceeds the \
              available context size ({context} tokens). Shorten the prompt or start the server with a larger --ctx-size."
         );
-        let mut error = Self::new(StatusCode::BAD_REQUEST, "exceed_context_size_error", message).code("context_length_exceeded").param(param);
-        error.extra.insert("n_prompt_tokens".to_owned(), prompt.into());
-        error.extra.insert("n_ctx".to_owned(), context.into());
+        let mut error = Self::new(StatusCode::BAD_REQUEST, "exceed_context_size_error", "context_length_exceeded", message).param(param);
+        error.overflow = Some((prompt, context));
         error
     }
 
     /// 500 for a request that failed while it was computed.
-    pub(crate) fn failed(code: &str, message: impl Into<String>) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message).code(code)
+    pub(crate) fn failed(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", code, message)
     }
 
     /// The engine is gone or going.
     pub(crate) fn closed() -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "the engine is shutting down").code("engine_closed")
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", "engine_closed", "the engine is shutting down")
     }
 
     /// From a session; `param` is what held the prompt.
@@ -111,7 +106,7 @@ impl ApiError {
         match error {
             SessionError::Text(e) => Self::from_text(&e, param),
             SessionError::Submit(SubmitError::QueueFull(_)) => {
-                let mut full = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", error.to_string()).code("queue_full");
+                let mut full = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", error.to_string());
                 full.retry_after = Some(2);
                 full
             }
@@ -127,11 +122,11 @@ impl ApiError {
         match error {
             // What a template refuses or trips over is the conversation it was given.
             TextError::TemplateRaised(_) | TextError::TemplateFailed(_) | TextError::BadMessages(_) => {
-                Self::invalid(param, error.to_string()).code(error.code())
+                Self { code: error.code(), ..Self::invalid(param, error.to_string()) }
             }
             TextError::NoTemplate(_) => {
                 let message = "the model has no chat template: use /v1/completions";
-                Self::unsupported(param, message).code(error.code())
+                Self { code: error.code(), ..Self::unsupported(param, message) }
             }
             _ => Self::failed(error.code(), error.to_string()),
         }
@@ -145,8 +140,9 @@ impl ApiError {
             "param": self.param,
             "code": self.code,
         });
-        if let Some(fields) = error.as_object_mut() {
-            fields.extend(self.extra.clone());
+        if let Some((prompt, context)) = self.overflow {
+            error["n_prompt_tokens"] = prompt.into();
+            error["n_ctx"] = context.into();
         }
         json!({ "error": error })
     }

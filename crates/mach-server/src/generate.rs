@@ -177,7 +177,7 @@ impl Job {
                     Some(TextEvent::Prefill { .. }) => {}
                     Some(TextEvent::Delta { text: piece, .. }) => text.push_str(&piece),
                     Some(TextEvent::Finished { reason, receipt, .. }) => {
-                        totals.add(&receipt, index % self.common.n == 0);
+                        totals.add(&receipt, self.is_first(index));
                         break Choice { text, finish_reason: finish_reason(reason) };
                     }
                     Some(TextEvent::Failed { code, message }) => return Err(ApiError::failed(code, message)),
@@ -191,7 +191,7 @@ impl Job {
 
     /// Whether choice `index` is the first of its prompt, the one whose prompt tokens count.
     pub(crate) fn is_first(&self, index: usize) -> bool {
-        index % self.common.n == 0
+        index.is_multiple_of(self.common.n)
     }
 
     /// The seed of choice 0: sent again it gives the same text.

@@ -13,10 +13,7 @@ pub(crate) enum DecoderKind {
     /// GPT-2's alphabet: every piece is bytes, the text is their lossy UTF-8.
     ByteLevel,
     /// SentencePiece-like: pieces are text after replacements, `<0xNN>` pieces are bytes.
-    ByteFallback {
-        replace: Vec<(String, String)>,
-        strip_start: Option<(char, usize)>,
-    },
+    ByteFallback { replace: Vec<(String, String)>, strip_start: Option<(char, usize)> },
 }
 
 impl DecoderKind {
@@ -79,12 +76,7 @@ impl Pieces {
     pub(crate) fn new(inner: &HfTokenizer, kind: DecoderKind) -> Self {
         let len = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let added = inner.get_added_tokens_decoder();
-        let mut pieces = Self {
-            kind,
-            bytes: Vec::new(),
-            ends: Vec::with_capacity(len),
-            class: Vec::with_capacity(len),
-        };
+        let mut pieces = Self { kind, bytes: Vec::new(), ends: Vec::with_capacity(len), class: Vec::with_capacity(len) };
         let alphabet = byte_alphabet();
         for id in 0..len as u32 {
             let class = match inner.id_to_token(id) {
@@ -269,10 +261,7 @@ pub struct TextDecoder {
 impl TextDecoder {
     /// A decoder at the start of a text.
     pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        Self {
-            state: tokenizer.pieces().start(),
-            tokenizer,
-        }
+        Self { state: tokenizer.pieces().start(), tokenizer }
     }
 
     /// Text that the next id completes; empty for special tokens and within a character.

@@ -23,11 +23,7 @@ pub(crate) fn value_from_json(json: &Json) -> Value {
 }
 
 fn as_float(value: &Value) -> Option<f64> {
-    if value.kind() == ValueKind::Number && !value.is_integer() {
-        f64::try_from(value.clone()).ok()
-    } else {
-        None
-    }
+    if value.kind() == ValueKind::Number && !value.is_integer() { f64::try_from(value.clone()).ok() } else { None }
 }
 
 /// `repr` of a float: shortest digits, an exponent below 1e-4 and from 1e16 on.
@@ -142,13 +138,7 @@ pub(crate) fn tojson(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> 
     };
     let sort_keys = option("sort_keys")?.is_some_and(|v| v.is_true());
     kwargs.assert_all_used()?;
-    let dumps = Dumps {
-        ensure_ascii,
-        indent,
-        item_separator,
-        key_separator,
-        sort_keys,
-    };
+    let dumps = Dumps { ensure_ascii, indent, item_separator, key_separator, sort_keys };
     let mut out = String::new();
     dumps.write(value, 0, &mut out)?;
     Ok(Value::from(out))
@@ -331,11 +321,7 @@ fn splitlines(text: &str, keep_ends: bool) -> Vec<String> {
     let mut rest = text;
     let ends = |c: char| matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}');
     while let Some(at) = rest.find(ends) {
-        let width = if rest[at..].starts_with("\r\n") {
-            2
-        } else {
-            rest[at..].chars().next().map_or(1, char::len_utf8)
-        };
+        let width = if rest[at..].starts_with("\r\n") { 2 } else { rest[at..].chars().next().map_or(1, char::len_utf8) };
         lines.push(rest[..if keep_ends { at + width } else { at }].to_owned());
         rest = &rest[at + width..];
     }

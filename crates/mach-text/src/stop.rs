@@ -45,10 +45,7 @@ impl Stop {
             }
             fallback[i] = k;
         }
-        Self {
-            text: text.to_owned(),
-            fallback,
-        }
+        Self { text: text.to_owned(), fallback }
     }
 
     /// Bytes matched after one more byte; `matched` is not the whole string.
@@ -65,12 +62,7 @@ impl StopMatcher {
     /// A matcher at the start of a text. Empty strings are left out.
     pub fn new<S: AsRef<str>>(stops: &[S]) -> Self {
         let stops: Arc<[Stop]> = stops.iter().map(AsRef::as_ref).filter(|s| !s.is_empty()).map(Stop::new).collect();
-        Self {
-            matched: vec![0; stops.len()],
-            stops,
-            held: String::new(),
-            done: false,
-        }
+        Self { matched: vec![0; stops.len()], stops, held: String::new(), done: false }
     }
 
     /// Takes the next text. After a stop string everything is swallowed.
@@ -91,18 +83,12 @@ impl StopMatcher {
             if let Some(stop) = complete {
                 self.held.truncate(before + i + 1 - stop.text.len());
                 self.done = true;
-                return Scanned {
-                    text: std::mem::take(&mut self.held),
-                    stop: Some(stop.text.clone()),
-                };
+                return Scanned { text: std::mem::take(&mut self.held), stop: Some(stop.text.clone()) };
             }
         }
         let keep = self.matched.iter().copied().max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
-        Scanned {
-            text: std::mem::replace(&mut self.held, rest),
-            stop: None,
-        }
+        Scanned { text: std::mem::replace(&mut self.held, rest), stop: None }
     }
 
     /// What was held back, when the text ends without a match. Nothing may be pushed after that.

@@ -63,13 +63,7 @@ impl ChatTemplate {
         env.set_formatter(|out, _, value| out.write_str(&python::str_of(value)).map_err(Error::from));
         env.add_filter("tojson", python::tojson);
         env.add_filter("trim", python::trim);
-        env.add_filter("string", |value: &Value| {
-            if value.as_str().is_some() {
-                value.clone()
-            } else {
-                python::str_of(value).into()
-            }
-        });
+        env.add_filter("string", |value: &Value| if value.as_str().is_some() { value.clone() } else { python::str_of(value).into() });
         env.add_test("sequence", python::is_sequence);
         env.add_test("iterable", python::is_iterable);
         env.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
@@ -81,8 +75,7 @@ impl ChatTemplate {
         });
         let source = sources[0].1.clone();
         for (name, text) in sources {
-            env.add_template_owned(name, without_generation_tags(&text))
-                .map_err(|e| TextError::TemplateSyntax(describe(&e)))?;
+            env.add_template_owned(name, without_generation_tags(&text)).map_err(|e| TextError::TemplateSyntax(describe(&e)))?;
         }
         Ok(Self { env, tokens, source })
     }
@@ -108,11 +101,7 @@ impl ChatTemplate {
             Some(tools @ Json::Array(_)) => python::value_from_json(tools),
             Some(_) => return Err(TextError::BadMessages("tools must be an array".to_owned())),
         };
-        let name = if !tools.is_none() && self.env.get_template(TOOL_USE).is_ok() {
-            TOOL_USE
-        } else {
-            DEFAULT
-        };
+        let name = if !tools.is_none() && self.env.get_template(TOOL_USE).is_ok() { TOOL_USE } else { DEFAULT };
         let template = self.env.get_template(name).map_err(|e| TextError::TemplateFailed(describe(&e)))?;
 
         let mut variables = self.tokens.clone();
@@ -139,19 +128,11 @@ fn message_value(index: usize, message: &Json) -> Result<Value, TextError> {
     };
     let mut fields: Vec<(&str, Value)> = Vec::with_capacity(message.len() + 2);
     let present = |key: &str| message.get(key).filter(|v| !v.is_null());
-    let reasoning = ["reasoning_content", "thinking", "reasoning"]
-        .into_iter()
-        .find_map(present)
-        .map(python::value_from_json);
+    let reasoning = ["reasoning_content", "thinking", "reasoning"].into_iter().find_map(present).map(python::value_from_json);
     if let (Some(reasoning), None) = (&reasoning, present("thinking")) {
         fields.push(("thinking", reasoning.clone()));
     }
-    fields.extend(
-        message
-            .iter()
-            .filter(|(_, v)| !v.is_null())
-            .map(|(k, v)| (k.as_str(), python::value_from_json(v))),
-    );
+    fields.extend(message.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.as_str(), python::value_from_json(v))));
     if let (Some(reasoning), None) = (reasoning, present("reasoning_content")) {
         fields.push(("reasoning_content", reasoning));
     }

@@ -129,9 +129,6 @@ pub fn read_json(path: &Path) -> Result<Option<Value>, TextError> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(TextError::Read { path: path.into(), source }),
     };
-    let value = serde_json::from_slice(&bytes).map_err(|e| TextError::Invalid {
-        path: path.into(),
-        reason: e.to_string(),
-    })?;
+    let value = serde_json::from_slice(&bytes).map_err(|e| TextError::Invalid { path: path.into(), reason: e.to_string() })?;
     Ok(Some(value))
 }
