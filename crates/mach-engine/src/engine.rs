@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use mach_backend::Backend;
@@ -58,11 +58,8 @@ impl<B: Backend> Engine<B> {
 
     /// Takes in what was submitted and drops what nobody waits for any more.
     fn sweep(&mut self) {
-        loop {
-            match self.rx.try_recv() {
-                Ok(s) => self.queue.push_back(s),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-            }
+        while let Ok(s) = self.rx.try_recv() {
+            self.queue.push_back(s);
         }
         let mut kept = VecDeque::with_capacity(self.queue.len());
         for mut s in self.queue.drain(..) {

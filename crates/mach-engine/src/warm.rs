@@ -47,10 +47,10 @@ impl<B: Backend> Warm<B> {
 
     /// Goes back to `pos`, which [`Warm::reusable`] gave.
     fn cut(&mut self, backend: &B, pos: usize) {
-        if !self.seq.truncate(pos) {
-            if let Some(s) = self.snapshots.iter().find(|s| s.pos == pos) {
-                self.seq.restore(backend, s);
-            }
+        if !self.seq.truncate(pos)
+            && let Some(s) = self.snapshots.iter().find(|s| s.pos == pos)
+        {
+            self.seq.restore(backend, s);
         }
         self.tokens.truncate(self.seq.len());
         self.snapshots.retain(|s| s.pos <= pos);

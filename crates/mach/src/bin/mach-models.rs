@@ -1,0 +1,5 @@
+//! `mach models` under its own name.
+
+fn main() -> std::process::ExitCode {
+    mach::cli::main(Some("models"))
+}

@@ -1,0 +1,5 @@
+//! `mach serve` under its own name.
+
+fn main() -> std::process::ExitCode {
+    mach::cli::main(Some("serve"))
+}

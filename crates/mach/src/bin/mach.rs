@@ -1,0 +1,5 @@
+//! The mach command.
+
+fn main() -> std::process::ExitCode {
+    mach::cli::main(None)
+}
