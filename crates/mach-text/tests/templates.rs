@@ -1,66 +1,85 @@
-//! Chat templates against what transformers rendered (goldens/make_template_goldens.py).
+//! Chat templates against what transformers rendered (goldens/make_template_goldens.py), and where they come from.
 
-use std::path::PathBuf;
+mod common;
 
-use mach_text::{ChatTemplate, TextError};
-use serde_json::{Map, Value};
-
-fn here(path: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn goldens() -> Value {
-    serde_json::from_slice(&std::fs::read(here("tests/goldens/templates.json")).unwrap()).unwrap()
-}
-
-fn kwargs(extra: &Value) -> Map<String, Value> {
-    extra.as_object().cloned().unwrap_or_default()
-}
+use common::{golden, here, no_tokens};
+use mach_text::{ChatTemplate, TextError, Tokenizer};
+use serde_json::{Map, Value, json};
 
 /// Every conversation gives the same bytes, or the same refusal, through the built-in model's template and three others.
 #[test]
 fn conversations_render_as_transformers_renders_them() {
-    let goldens = goldens();
-    let mut wrong = Vec::new();
-    for case in goldens["rendered"].as_array().unwrap() {
-        let template = case["template"].as_str().unwrap();
-        let path = match template {
+    common::compare_renderings(&golden("templates.json"), |name| {
+        let path = match name {
             "tiny" => here("../../models/tiny/chat_template.jinja"),
             name => here(&format!("tests/goldens/{name}.jinja")),
         };
         let mut tokens = Map::new();
         tokens.insert("bos_token".to_owned(), "<bos>".into());
-        let compiled = ChatTemplate::new(&std::fs::read_to_string(path).unwrap(), tokens).unwrap();
-        let conversation = &goldens["conversations"][case["conversation"].as_str().unwrap()];
-        let prompt = case["add_generation_prompt"].as_bool().unwrap();
-        let got = compiled.render(&conversation["messages"], conversation.get("tools"), &kwargs(&conversation["kwargs"]), prompt);
-        let same = match &got {
-            Ok(text) => case["text"] == text.as_str(),
-            Err(TextError::TemplateRaised(message)) => case["raised"] == message.as_str(),
-            Err(TextError::TemplateFailed(_)) => case["failed"] == true,
-            Err(_) => false,
-        };
-        if !same {
-            wrong.push(format!("{case}\n  got {got:?}"));
-        }
-    }
-    assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+        ChatTemplate::new(&std::fs::read_to_string(path).unwrap(), tokens).unwrap()
+    });
 }
 
 /// The idioms that templates use mean what they mean in Python.
 #[test]
 fn idioms_mean_what_python_means() {
-    let goldens = goldens();
-    let messages = serde_json::json!([{"role": "user", "content": "x"}]);
+    let goldens = golden("templates.json");
+    let messages = json!([{"role": "user", "content": "x"}]);
     let mut variables = Map::new();
     variables.insert("v".to_owned(), goldens["values"].clone());
     let mut wrong = Vec::new();
     for case in goldens["idioms"].as_array().unwrap() {
         let source = case["source"].as_str().unwrap();
-        let got = ChatTemplate::new(source, Map::new()).and_then(|t| t.render(&messages, None, &variables, false));
+        let got = ChatTemplate::new(source, no_tokens()).and_then(|t| t.render(&messages, None, &variables, false));
         if got.as_deref().ok() != case["text"].as_str() {
             wrong.push(format!("{source}\n  want {}\n  got  {got:?}", case["text"]));
         }
     }
     assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+fn render(template: &ChatTemplate, tools: Option<&Value>) -> Result<String, TextError> {
+    template.render(&json!([{"role": "user", "content": "x"}]), tools, &no_tokens(), true)
+}
+
+/// chat_template.jinja beats tokenizer_config.json; there a list of named templates is understood, `tool_use` serves tools; without any
+/// the error names the directory.
+#[test]
+fn templates_are_found_where_checkpoints_keep_them() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(here("../../models/tiny/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    let open = |config: Value| {
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        ChatTemplate::open(dir.path(), &Tokenizer::open(dir.path()).unwrap())
+    };
+    assert!(matches!(open(json!({})), Err(TextError::NoTemplate(_))));
+    let config = json!({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": "{{ bos_token }}{{ eos_token }}{{ pad_token }}one"});
+    assert_eq!(render(&open(config).unwrap(), None).unwrap(), "<s></s>one");
+    let named = json!({"chat_template": [{"name": "tool_use", "template": "with {{ tools | length }}"}, {"name": "default", "template": "without"}]});
+    let named = open(named).unwrap();
+    assert_eq!(render(&named, None).unwrap(), "without");
+    assert_eq!(render(&named, Some(&json!([{}, {}]))).unwrap(), "with 2");
+    std::fs::write(dir.path().join("chat_template.jinja"), "file").unwrap();
+    assert_eq!(render(&open(json!({"chat_template": "config"})).unwrap(), None).unwrap(), "file");
+}
+
+/// Errors carry the template's own words, or the place where it broke.
+#[test]
+fn template_errors_are_told_apart() {
+    let template = |source: &str| ChatTemplate::new(source, no_tokens());
+    assert!(matches!(template("{% if %}"), Err(TextError::TemplateSyntax(m)) if m.contains("line 1") || m.contains(":1")));
+    let nested = template("{% macro m() %}{{ raise_exception('no ' ~ messages[0].role) }}{% endmacro %}{{ m() }}").unwrap();
+    assert!(matches!(render(&nested, None), Err(TextError::TemplateRaised(m)) if m == "no user"));
+    assert!(matches!(render(&template("{{ a.b }}").unwrap(), None), Err(TextError::TemplateFailed(_))));
+    let plain = template("x").unwrap();
+    assert!(matches!(plain.render(&json!("x"), None, &no_tokens(), false), Err(TextError::BadMessages(_))));
+    assert!(matches!(render(&plain, Some(&json!("x"))), Err(TextError::BadMessages(_))));
+}
+
+/// `strftime_now` is the local date in the given form.
+#[test]
+fn templates_know_the_date() {
+    let date = render(&ChatTemplate::new("{{ strftime_now('%Y-%m-%d|%B|%d %b %Y') }}", no_tokens()).unwrap(), None).unwrap();
+    let (iso, rest) = date.split_once('|').unwrap();
+    assert!(iso.len() == 10 && iso.starts_with("20") && rest.ends_with(&iso[..4]), "{date}");
 }

@@ -1,12 +1,14 @@
 """Renders conversations and template idioms with transformers, for tests/templates.rs.
 
     python -m pip install transformers jinja2
-    python crates/mach-text/tests/goldens/make_template_goldens.py
+    python crates/mach-text/tests/goldens/make_template_goldens.py            # writes templates.json beside this file
+    python crates/mach-text/tests/goldens/make_template_goldens.py DIRECTORY  # prints the conversations through that checkpoint's template
 
-Writes templates.json beside this file. Needs no weights: the tokenizer is the built-in model's.
+Needs no weights: the tokenizer is the built-in model's.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import jinja2
@@ -124,27 +126,31 @@ IDIOMS = [
 ]
 
 
+def render(tokenizer, template, source, **variables):
+    for name, conversation in CONVERSATIONS.items():
+        for prompt in (True, False):
+            entry = {"template": template, "conversation": name, "add_generation_prompt": prompt}
+            try:
+                entry["text"] = tokenizer.apply_chat_template(
+                    conversation["messages"], tools=conversation.get("tools"), chat_template=source, tokenize=False,
+                    add_generation_prompt=prompt, **(variables | conversation.get("kwargs", {})),
+                )
+            except (jinja2.exceptions.UndefinedError, TypeError):
+                entry["failed"] = True
+            except jinja2.exceptions.TemplateError as e:
+                entry["raised"] = str(e)
+            yield entry
+
+
 def main():
+    if len(sys.argv) > 1:
+        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+        print(json.dumps({"conversations": CONVERSATIONS, "rendered": list(render(tokenizer, "own", None))}))
+        return
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     templates = {"tiny": (TINY / "chat_template.jinja").read_text()}
     templates |= {path.stem: path.read_text() for path in sorted(HERE.glob("*.jinja"))}
-    rendered = []
-    for template, source in templates.items():
-        for name, conversation in CONVERSATIONS.items():
-            for prompt in (True, False):
-                entry = {"template": template, "conversation": name, "add_generation_prompt": prompt}
-                try:
-                    entry["text"] = tokenizer.apply_chat_template(
-                        conversation["messages"], tools=conversation.get("tools"), chat_template=source, tokenize=False,
-                        add_generation_prompt=prompt, **({"bos_token": "<bos>"} | conversation.get("kwargs", {})),
-                    )
-                except jinja2.exceptions.UndefinedError:
-                    entry["failed"] = True
-                except jinja2.exceptions.TemplateError as e:
-                    entry["raised"] = str(e)
-                except TypeError:
-                    entry["failed"] = True
-                rendered.append(entry)
+    rendered = [entry for name, source in templates.items() for entry in render(tokenizer, name, source, bos_token="<bos>")]
     idioms = []
     for source in IDIOMS:
         try:
