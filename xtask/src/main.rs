@@ -57,9 +57,7 @@ fn python(root: &Path) -> Result<PathBuf> {
     // The stamp is a copy of what was installed: an interrupted or older installation is repeated.
     if std::fs::read(&ready).ok().as_ref() != Some(&wanted) {
         run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
-        run(Command::new(&python)
-            .args(["-m", "pip", "install", "--quiet", "--requirement"])
-            .arg(&requirements))?;
+        run(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--requirement"]).arg(&requirements))?;
         std::fs::write(&ready, wanted)?;
     }
     Ok(python)
