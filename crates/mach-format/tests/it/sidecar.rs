@@ -194,3 +194,19 @@ fn a_failed_rebuild_leaves_the_old_sidecar_whole() {
     assert_eq!(names(dir.path()).len(), before.len());
     Sidecar::open(dir.path(), &source(2)).unwrap();
 }
+
+/// A device that is always full stands in for a full disk.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_has_a_name_and_leaves_no_temporary_file() {
+    let (other, dir) = (tempdir().unwrap(), tempdir().unwrap());
+    build(other.path(), 1);
+    let file = names(other.path()).into_iter().find(|n| n.starts_with("layer-001")).unwrap();
+    let mut writer = SidecarWriter::create(dir.path(), &source(1), plan()).unwrap();
+    std::os::unix::fs::symlink("/dev/full", dir.path().join(format!("{file}.tmp"))).unwrap();
+    match writer.write_layer(1, fill(1), &mut |_| ()) {
+        Err(FormatError::DiskFull { path, needed, .. }) => assert!(path.ends_with(&file) && needed > 0),
+        other => panic!("{other:?}"),
+    }
+    assert!(!names(dir.path()).iter().any(|n| n.starts_with("layer")));
+}
