@@ -29,6 +29,7 @@ impl Tokenizer {
         let bytes = std::fs::read(&path).map_err(|source| TextError::Read { path: path.clone(), source })?;
         let invalid = |reason: String| TextError::Invalid { path: path.clone(), reason };
         let mut inner = HfTokenizer::from_bytes(&bytes).map_err(|e| invalid(e.to_string()))?;
+        drop(bytes);
         // A prompt is never cut or padded, whatever the file was saved with.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| invalid(e.to_string()))?;
