@@ -114,11 +114,13 @@ fn long_contexts_agree_with_the_reference_backend() {
 fn chunks_threads_and_kernel_sets_give_the_same_bytes() {
     let first = cpu(KernelSet::Scalar, 1);
     for case in CASES {
-        let x = inputs(&case, 290);
-        let want = run(&first, &case, &x, 290, 290);
+        // Past the first merge segment where heads are small; emulated runs are slow.
+        let tokens = if case.heads * case.head_dim > 100 { 75 } else { 270 };
+        let x = inputs(&case, tokens);
+        let want = run(&first, &case, &x, tokens, tokens);
         for cpu in cpus() {
-            for chunk in [1, 7, 64, 290] {
-                assert_bytes(&run(&cpu, &case, &x, 290, chunk), &want, &format!("{case:?}, chunks of {chunk}, {}", label(&cpu)));
+            for chunk in [1, 7, 64] {
+                assert_bytes(&run(&cpu, &case, &x, tokens, chunk), &want, &format!("{case:?}, chunks of {chunk}, {}", label(&cpu)));
             }
         }
     }

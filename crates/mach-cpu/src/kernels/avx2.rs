@@ -1,5 +1,6 @@
 //! AVX2 with FMA and F16C: 16 lanes in two registers.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::simd::{Kernel, Simd};
@@ -21,6 +22,22 @@ unsafe fn pair_sum_f16(v: F) -> __m256 {
     let even = _mm256_shuffle_ps::<0b10_00_10_00>(v[0], v[1]);
     let odd = _mm256_shuffle_ps::<0b11_01_11_01>(v[0], v[1]);
     _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(_mm256_add_ps(even, odd))))
+}
+
+/// Keeps the sums in registers from line to line: left alone, the compiler interleaves lines and spills them.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn pin(sums: &mut [__m256i; 2]) {
+    asm!("/* {0} {1} */", inout(ymm_reg) sums[0], inout(ymm_reg) sums[1], options(pure, nomem, nostack, preserves_flags));
+}
+
+/// The same addresses, of which the compiler does not know that it has read them before.
+#[inline(always)]
+unsafe fn anew<const R: usize>(mut x: [*const i8; R]) -> [*const i8; R] {
+    for p in &mut x {
+        asm!("/* {0} */", inout(reg) * p, options(nomem, nostack, preserves_flags));
+    }
+    x
 }
 
 impl Simd for Avx2 {
@@ -212,6 +229,7 @@ impl Kernel for Avx2 {
                             acc[r][h] = _mm256_add_epi16(acc[r][h], _mm256_maddubs_epi16(low[h], x0));
                             acc[r][h] = _mm256_add_epi16(acc[r][h], _mm256_maddubs_epi16(high[h], x1));
                         }
+                        pin(&mut acc[r]);
                     }
                 }
                 for r in 0..R {
@@ -225,6 +243,8 @@ impl Kernel for Avx2 {
             // One half of the rows at a time, for the registers' sake.
             for eight in 0..BLK / 32 {
                 for h in 0..2 {
+                    // Activations are broadcast again for the second half; the compiler would keep 64 vectors on the stack.
+                    let x = anew(x);
                     let mut acc = [[_mm256_setzero_si256(); 2]; R];
                     for line in eight * 8..eight * 8 + 8 {
                         let bytes = load_bytes(w.add(line * 64 + h * 32));
@@ -234,6 +254,7 @@ impl Kernel for Avx2 {
                             let x = _mm256_set1_epi32(x[r].add(line * 4).cast::<i32>().read_unaligned());
                             acc[r][0] = _mm256_add_epi16(acc[r][0], _mm256_maddubs_epi16(low, x));
                             acc[r][1] = _mm256_add_epi16(acc[r][1], _mm256_maddubs_epi16(high, x));
+                            pin(&mut acc[r]);
                         }
                     }
                     for r in 0..R {

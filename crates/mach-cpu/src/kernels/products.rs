@@ -224,9 +224,10 @@ unsafe fn affine_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Aff
 /// Lines of block `j` and its group block.
 #[inline(always)]
 unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Affine, tile: *const u8, j: usize) -> (*const u8, *const u8) {
-    let column = j * BLK;
-    let group = tile.add(column / format.group * format.group_bytes);
-    (group.add(column % format.group * LANES * BITS as usize / 8), group)
+    // Groups are 1, 2 or 4 blocks.
+    let (per_group, shift) = (format.group / BLK, (format.group / BLK).trailing_zeros());
+    let group = tile.add((j >> shift) * format.group_bytes);
+    (group.add((j & (per_group - 1)) * BLK * LANES * BITS as usize / 8), group)
 }
 
 #[inline(always)]
