@@ -9,6 +9,7 @@ mod kernels;
 mod kv;
 mod memory;
 mod ops;
+mod peak;
 mod pool;
 mod tensor;
 
@@ -23,6 +24,7 @@ pub use memory::Bank;
 pub use ops::gdn::State;
 pub use ops::linear::{GateUp, Weight};
 pub use ops::router::Routes;
+pub use peak::peak_gops;
 pub use pool::Pool;
 pub use tensor::Tensor;
 

@@ -1,0 +1,197 @@
+//! The ceiling of int8 products: bare multiply-adds on registers, with the instructions that a kernel set uses.
+
+use std::arch::asm;
+use std::time::{Duration, Instant};
+
+use crate::KernelSet;
+
+/// One round: long against the clock, short against the slices of a busy system.
+const ROUND: Duration = Duration::from_millis(10);
+const ROUNDS: usize = 12;
+/// Passes through a loop between looks at the clock, some 50 µs.
+const PASSES: u64 = 4096;
+
+/// A loop that runs so many passes, and the multiply-adds of one pass.
+type Loop = (unsafe fn(u64), u64);
+
+/// Most int8 operations per second in 10⁹ (a multiply and an add are two) that `threads` threads reach together with
+/// the instructions of `set`: the sum of each thread's best of several short rounds. `None` when the processor lacks
+/// the set, or where the set has no such instructions or no loop was written.
+pub fn peak_gops(set: KernelSet, threads: usize) -> Option<f64> {
+    set.table()?;
+    let (run, macs) = bare(set)?;
+    let best = move || {
+        let mut best = 0.0f64;
+        for _ in 0..ROUNDS {
+            let (began, mut passes) = (Instant::now(), 0);
+            while began.elapsed() < ROUND {
+                // SAFETY: the table above says that the processor has the instructions; the loops touch registers only.
+                unsafe { run(PASSES) };
+                passes += PASSES;
+            }
+            best = best.max((passes * macs * 2) as f64 / began.elapsed().as_secs_f64());
+        }
+        best
+    };
+    let total: f64 = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(best)).collect();
+        workers.into_iter().filter_map(|w| w.join().ok()).sum()
+    });
+    Some(total / 1e9)
+}
+
+fn bare(set: KernelSet) -> Option<Loop> {
+    match set {
+        #[cfg(target_arch = "x86_64")]
+        KernelSet::Avx2 => Some((avx2, 16 * 32)),
+        #[cfg(target_arch = "x86_64")]
+        KernelSet::Avx512 => Some((avx512, 16 * 64)),
+        #[cfg(target_arch = "x86_64")]
+        KernelSet::Vnni => Some((vnni, 12 * 64)),
+        #[cfg(target_arch = "aarch64")]
+        KernelSet::NeonDot => Some((sdot, 12 * 16)),
+        #[cfg(target_arch = "aarch64")]
+        KernelSet::NeonI8mm => Some((smmla, 12 * 32)),
+        _ => None,
+    }
+}
+
+/// Defines a loop: its counter's instructions, the instructions of one pass, the registers that they write.
+macro_rules! define_loop {
+    ($name:ident, $feature:literal, $next:literal, [$($line:expr),* $(,)?], [$($register:tt),*]) => {
+        #[target_feature(enable = $feature)]
+        unsafe fn $name(passes: u64) {
+            // SAFETY: arithmetic on registers that are all declared as written; no memory is touched.
+            unsafe { asm!("2:", $($line,)* $next, n = inout(reg) passes => _, $(out($register) _,)* options(nomem, nostack)) }
+        }
+    };
+}
+
+/// Bytes multiplied and added pairwise, then added to an accumulator of i16.
+#[cfg(target_arch = "x86_64")]
+macro_rules! bytes {
+    ($r:literal, $acc:literal) => {
+        concat!("vpmaddubsw ", $r, "2, ", $r, "0, ", $r, "1\nvpaddw ", $r, $acc, ", ", $r, $acc, ", ", $r, "2")
+    };
+}
+
+/// An accumulator of i16 widened and added to one of i32.
+#[cfg(target_arch = "x86_64")]
+macro_rules! widen {
+    ($r:literal, $from:literal, $to:literal) => {
+        concat!("vpmaddwd ", $r, "2, ", $r, $from, ", ", $r, "1\nvpaddd ", $r, $to, ", ", $r, $to, ", ", $r, "2")
+    };
+}
+
+/// Sixteen products of bytes for every two that widen their sums, as the 4-bit kernels have them.
+#[cfg(target_arch = "x86_64")]
+macro_rules! sixteen {
+    ($name:ident, $feature:literal, $r:literal, $registers:tt) => {
+        define_loop!(
+            $name,
+            $feature,
+            "dec {n}\njnz 2b",
+            [
+                bytes!($r, "3"),
+                bytes!($r, "4"),
+                bytes!($r, "5"),
+                bytes!($r, "6"),
+                bytes!($r, "7"),
+                bytes!($r, "8"),
+                bytes!($r, "9"),
+                bytes!($r, "10"),
+                widen!($r, "3", "11"),
+                bytes!($r, "3"),
+                bytes!($r, "4"),
+                bytes!($r, "5"),
+                bytes!($r, "6"),
+                bytes!($r, "7"),
+                bytes!($r, "8"),
+                bytes!($r, "9"),
+                bytes!($r, "10"),
+                widen!($r, "4", "12"),
+            ],
+            $registers
+        );
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+sixteen!(avx2, "avx2", "ymm", ["ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11", "ymm12"]);
+#[cfg(target_arch = "x86_64")]
+sixteen!(avx512, "avx512f,avx512bw", "zmm", ["zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12"]);
+
+/// One instruction on each of 12 accumulators, more than its latency times its throughput anywhere.
+macro_rules! twelve {
+    ($name:ident, $feature:literal, $next:literal, $op:literal, $r:literal, $of:literal, $args:literal, $registers:tt) => {
+        define_loop!(
+            $name,
+            $feature,
+            $next,
+            [
+                concat!($op, " ", $r, "2", $of, $args),
+                concat!($op, " ", $r, "3", $of, $args),
+                concat!($op, " ", $r, "4", $of, $args),
+                concat!($op, " ", $r, "5", $of, $args),
+                concat!($op, " ", $r, "6", $of, $args),
+                concat!($op, " ", $r, "7", $of, $args),
+                concat!($op, " ", $r, "16", $of, $args),
+                concat!($op, " ", $r, "17", $of, $args),
+                concat!($op, " ", $r, "18", $of, $args),
+                concat!($op, " ", $r, "19", $of, $args),
+                concat!($op, " ", $r, "20", $of, $args),
+                concat!($op, " ", $r, "21", $of, $args),
+            ],
+            $registers
+        );
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+twelve!(
+    vnni,
+    "avx512f,avx512vnni",
+    "dec {n}\njnz 2b",
+    "vpdpbusd",
+    "zmm",
+    "",
+    ", zmm0, zmm1",
+    ["zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21"]
+);
+#[cfg(target_arch = "aarch64")]
+twelve!(
+    sdot,
+    "neon,dotprod",
+    "subs {n}, {n}, #1\nb.ne 2b",
+    "sdot",
+    "v",
+    ".4s",
+    ", v0.16b, v1.16b",
+    ["v2", "v3", "v4", "v5", "v6", "v7", "v16", "v17", "v18", "v19", "v20", "v21"]
+);
+#[cfg(target_arch = "aarch64")]
+twelve!(
+    smmla,
+    "neon,i8mm",
+    "subs {n}, {n}, #1\nb.ne 2b",
+    "smmla",
+    "v",
+    ".4s",
+    ", v0.16b, v1.16b",
+    ["v2", "v3", "v4", "v5", "v6", "v7", "v16", "v17", "v18", "v19", "v20", "v21"]
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Protects the ceiling from being none for the set that is chosen by itself, and from losing threads.
+    #[test]
+    fn the_chosen_set_has_a_ceiling() {
+        let set = KernelSet::automatic();
+        if bare(set).is_some() {
+            assert!(peak_gops(set, 1).is_some_and(|peak| peak > 1.0 && peak.is_finite()));
+        }
+        assert_eq!(peak_gops(KernelSet::Scalar, 1), None);
+    }
+}
