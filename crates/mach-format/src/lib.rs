@@ -21,4 +21,5 @@ pub use fingerprint::{Fingerprint, checksum, fingerprint};
 pub use format::{ScaleType, WeightFormat};
 pub use matrix::{Matrix, pack_f32, pack_gate_up};
 pub use packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
+pub use safetensors_writer::{Planned, SafetensorsWriter};
 pub use sidecar::{LayerExperts, RecordLayout, SIDECAR_DIR, Sidecar, SidecarWriter};

@@ -10,27 +10,36 @@ use crate::error::FormatError;
 
 /// A tensor to be written.
 #[derive(Clone, Debug)]
-pub(crate) struct Planned {
-    pub(crate) name: String,
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<usize>,
+pub struct Planned {
+    /// Full name.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Dimensions, the slowest first.
+    pub shape: Vec<usize>,
 }
 
 impl Planned {
-    pub(crate) fn bytes(&self) -> usize {
+    /// Bytes of its data.
+    pub fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
 }
 
 /// A safetensors file being written in the order of its plan.
-pub(crate) struct SafetensorsWriter {
+pub struct SafetensorsWriter {
     file: AtomicFile,
-    plan: std::vec::IntoIter<Planned>,
+    plan: std::iter::Peekable<std::vec::IntoIter<Planned>>,
+    /// Bytes of the tensor that is due which were written.
+    written: usize,
 }
 
 impl SafetensorsWriter {
     /// Opens `path` (under a temporary name) and writes the header.
-    pub(crate) fn create(path: &Path, plan: Vec<Planned>) -> Result<Self, FormatError> {
+    ///
+    /// # Errors
+    /// A name that occurs twice, a file that cannot be written.
+    pub fn create(path: &Path, plan: Vec<Planned>) -> Result<Self, FormatError> {
         let invalid = |reason: String| FormatError::Plan { reason };
         let mut at = 0;
         let mut entries = Vec::with_capacity(plan.len());
@@ -46,22 +55,37 @@ impl SafetensorsWriter {
         let mut file = AtomicFile::create(path, (8 + header.len() + at) as u64)?;
         file.write(&(header.len() as u64).to_le_bytes())?;
         file.write(&header)?;
-        Ok(Self { file, plan: plan.into_iter() })
+        Ok(Self { file, plan: plan.into_iter().peekable(), written: 0 })
     }
 
-    /// Writes the next tensor of the plan, which must be the one named.
-    pub(crate) fn write(&mut self, name: &str, data: &[u8]) -> Result<(), FormatError> {
-        match self.plan.next() {
-            Some(next) if next.name == name && next.bytes() == data.len() => self.file.write(data),
-            next => Err(FormatError::Plan { reason: format!("{name} with {} bytes was written where {next:?} is due", data.len()) }),
+    /// Writes the next bytes of the tensor that is due, which must be the one named; in one call or in several.
+    ///
+    /// # Errors
+    /// Another tensor than the one due, more bytes than it has, a full disk.
+    pub fn write(&mut self, name: &str, data: &[u8]) -> Result<(), FormatError> {
+        match self.plan.peek() {
+            Some(due) if due.name == name && self.written + data.len() <= due.bytes() => {
+                self.written += data.len();
+                if self.written == due.bytes() {
+                    self.plan.next();
+                    self.written = 0;
+                }
+                self.file.write(data)
+            }
+            due => Err(FormatError::Plan {
+                reason: format!("{name} with {} bytes was written where {due:?} is due after {} bytes of it", data.len(), self.written),
+            }),
         }
     }
 
     /// Gives the file its name.
-    pub(crate) fn finish(mut self) -> Result<(), FormatError> {
+    ///
+    /// # Errors
+    /// Tensors of the plan that were not written whole, a full disk.
+    pub fn finish(mut self) -> Result<(), FormatError> {
         match self.plan.next() {
             None => self.file.commit(),
-            Some(next) => Err(FormatError::Plan { reason: format!("{} was not written", next.name) }),
+            Some(due) => Err(FormatError::Plan { reason: format!("{} was not written", due.name) }),
         }
     }
 }
