@@ -207,7 +207,7 @@ impl Simd for Avx2 {
 impl Kernel for Avx2 {
     type V = Self;
 
-    /// `maddubs` adds two products in i16. Nibbles are at most 15, so eight of them (16·15·127 = 30,480) fit before
+    /// `maddubs` adds two products in i16. Nibbles are at most 15, so eight of them (16·15·128 = 30,720) fit before
     /// they are widened; a byte weight is its two nibbles, low + 16·high, each exact in the same way.
     #[inline(always)]
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], _: [i32; R]) -> [I; R] {

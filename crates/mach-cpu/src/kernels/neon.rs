@@ -234,7 +234,7 @@ unsafe fn sum_rows(acc: [int16x8_t; 2]) -> int32x4_t {
 impl Kernel for Neon {
     type V = Self;
 
-    /// A lane of i16 takes 16 products of a nibble (16·15·127 = 30,480) before it is widened: one block of 64 columns.
+    /// A lane of i16 takes 16 products of a nibble (16·15·128 = 30,720) before it is widened: one block of 64 columns.
     /// A byte weight is its two nibbles.
     #[inline(always)]
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], _: [i32; R]) -> [I; R] {

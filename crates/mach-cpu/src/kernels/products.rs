@@ -4,6 +4,9 @@
 //! * plain weights: two chains of fused multiply-adds, over even and over odd columns, added at the end;
 //! * affine weights: blocks in column order, each `acc = fma(scale, xs·isum, acc)` and then
 //!   `acc = fma(bias, xs·xsum, acc)` with exact integers `isum` and `xsum`; last the outliers in column order.
+//!
+//! Quantised activations are 16-bit integers `256·high + low` in two int8 planes, so that every kernel set's int8
+//! instructions multiply them: a row goes through [`Kernel::dot`] as two.
 
 use mach_backend::KV_BLOCK;
 use mach_format::{PackedLayout, ScaleType, TILE_ROWS, WeightFormat};
@@ -21,6 +24,10 @@ const PREFETCH: usize = 1536;
 /// Columns of a tile that stay in L1 together with some activation rows.
 const PANEL: usize = 2048;
 
+/// Columns this many times above the row's trimmed mean magnitude stay f32. A channel that is a hundred times too large
+/// is caught; of gated activations, whose tails are heavy, 3 to 7 in a thousand are (24 to 45 would be at 8 times).
+const OUTLIER: f32 = 16.0;
+
 /// Rows of f32 activations.
 #[derive(Clone, Copy)]
 pub(crate) struct PlainRows {
@@ -28,17 +35,18 @@ pub(crate) struct PlainRows {
     pub stride: usize,
 }
 
-/// Rows of activations quantised to int8 in blocks; see `ops::quant`.
+/// Rows of activations quantised in blocks; see `ops::quant`.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantRows {
-    /// `[rows][cols]`.
+    /// `[rows][2][cols]`: the high plane, then the low one.
     pub q: *const i8,
     pub cols: usize,
     /// Columns per block, 32 or 64.
     pub block: usize,
-    /// Per block: scale `xs`, `xs · Σq`, `Σq`.
+    /// Per block: scale `xs` and `xs · Σ(256·high + low)`.
     pub scale: *const f32,
     pub bias: *const f32,
+    /// `[rows][2][blocks]`: sums of either plane.
     pub sum: *const i32,
     /// Outliers of each row: how many, and one bit per column.
     pub outliers: *const u32,
@@ -54,20 +62,29 @@ impl QuantRows {
     pub fn blocks(&self) -> usize {
         self.cols / self.block
     }
+    /// Plane `plane` of block `j` of a row, and its sum.
+    #[inline(always)]
+    unsafe fn plane(&self, row: usize, plane: usize, j: usize) -> (*const i8, i32) {
+        let at = row * 2 + plane;
+        (self.q.add(at * self.cols + j * self.block), *self.sum.add(at * self.blocks() + j))
+    }
     /// Words of one row's mask.
     pub fn words(&self) -> usize {
         self.cols.div_ceil(64)
     }
 }
 
-/// Quantises row `row`: splits off outliers, then rounds blocks to int8.
+/// Largest magnitude of a quantised activation: `high` then stays within ±127.
+const TOP: f32 = 127.0 * 256.0;
+
+/// Quantises row `row`: splits off outliers, then rounds blocks to two planes of int8.
 ///
 /// # Safety
 /// All of `to` is writable for that row; `x` has `to.cols` values, a multiple of the block.
 #[inline(always)]
 pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
     let (x, cols, block) = (*to.x.add(row), to.cols, to.block);
-    // The mean of |x| without what is far above it, by two passes; an outlier is 8 times that.
+    // The mean of |x| without what is far above it, by two passes.
     let mut total = V::splat(0.0);
     for c in (0..cols).step_by(LANES) {
         total = V::add(total, V::abs(V::load(x.add(c))));
@@ -80,9 +97,10 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
         count = V::add(count, V::zero_where_gt(a, limit, V::splat(1.0)));
     }
     let mean = V::sum(kept) / V::sum(count);
-    let threshold = V::splat(if mean > 0.0 { 8.0 * mean } else { f32::INFINITY });
+    let threshold = V::splat(if mean > 0.0 { OUTLIER * mean } else { f32::INFINITY });
 
-    let q = to.q.cast_mut().add(row * cols);
+    let high = to.q.cast_mut().add(row * 2 * cols);
+    let low = high.add(cols);
     let mask = to.mask.cast_mut().add(row * to.words());
     let mut outliers = 0;
     for word in 0..to.words() {
@@ -106,24 +124,30 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
         }
         let amax = f32::from_bits(V::largest_i(largest) as u32);
         let (scale, inverse) = if amax.is_finite() && amax > 1e-30 {
-            (amax / 127.0, 127.0 / amax)
+            (amax / TOP, TOP / amax)
         } else if amax.is_finite() {
             (0.0, 0.0)
         } else {
             (f32::NAN, f32::NAN)
         };
-        let mut sum = V::splat_i(0);
+        let mut sums = [V::splat_i(0); 2];
         for c in (0..block).step_by(LANES) {
             let v = V::load(at.add(c));
             let v = V::zero_where_gt(V::abs(v), threshold, v);
             let i = if inverse.is_nan() { V::splat_i(0) } else { V::round(V::mul(v, V::splat(inverse))) };
-            V::store_i8(q.add(b * block + c), i);
-            sum = V::add_i(sum, i);
+            // Both planes offset by 128, so that shifting and masking split them.
+            let offset = V::add_i(i, V::splat_i(128 * 256 + 128));
+            let planes = [V::shr_i(offset, 8), V::and_i(offset, V::splat_i(255))].map(|p| V::add_i(p, V::splat_i(-128)));
+            V::store_i8(high.add(b * block + c), planes[0]);
+            V::store_i8(low.add(b * block + c), planes[1]);
+            sums = [V::add_i(sums[0], planes[0]), V::add_i(sums[1], planes[1])];
         }
-        let (sum, at) = (V::sum_i(sum), row * to.blocks() + b);
+        let (sums, at) = (sums.map(|s| V::sum_i(s)), row * to.blocks() + b);
         *to.scale.cast_mut().add(at) = scale;
-        *to.sum.cast_mut().add(at) = sum;
-        *to.bias.cast_mut().add(at) = scale * sum as f32;
+        *to.bias.cast_mut().add(at) = scale * (256 * sums[0] + sums[1]) as f32;
+        for (plane, sum) in sums.into_iter().enumerate() {
+            *to.sum.cast_mut().add((row * 2 + plane) * to.blocks() + b) = sum;
+        }
     }
 }
 
@@ -194,7 +218,7 @@ pub(crate) unsafe fn affine_tile<K: Kernel>(layout: &PackedLayout, tile: *const 
 #[inline(always)]
 unsafe fn affine_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Affine, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
     let blocks = acts.cols / BLK;
-    let wide = K::WIDE && rows.len() > 4;
+    let wide = K::WIDE && rows.len() > 2;
     if wide {
         K::begin::<BLK>();
     }
@@ -208,9 +232,7 @@ unsafe fn affine_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Aff
                 affine_wide::<K, BITS, BLK>(format, tile, acts, rest, panel, to)
             } else {
                 match rest.len() {
-                    1 => affine_rows::<K, BITS, BLK, 1>(format, tile, acts, rest, panel, to),
-                    2 => affine_rows::<K, BITS, BLK, 2>(format, tile, acts, rest, panel, to),
-                    3 => affine_rows::<K, BITS, BLK, 3>(format, tile, acts, rest, panel, to),
+                    1 => affine_rows::<K, BITS, BLK, 2>(format, tile, acts, rest, panel, to),
                     _ => affine_rows::<K, BITS, BLK, 4>(format, tile, acts, rest, panel, to),
                 }
             };
@@ -230,8 +252,9 @@ unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Affine, tile: *cons
     (group.add((j & (per_group - 1)) * BLK * LANES * BITS as usize / 8), group)
 }
 
+/// `P / 2` rows as `P` planes.
 #[inline(always)]
-unsafe fn affine_rows<K: Kernel, const BITS: u8, const BLK: usize, const R: usize>(
+unsafe fn affine_rows<K: Kernel, const BITS: u8, const BLK: usize, const P: usize>(
     format: Affine,
     tile: *const u8,
     acts: &QuantRows,
@@ -240,41 +263,43 @@ unsafe fn affine_rows<K: Kernel, const BITS: u8, const BLK: usize, const R: usiz
     out: *mut f32,
 ) -> usize {
     let blocks = acts.cols / BLK;
-    let mut acc = [K::V::splat(0.0); R];
-    let mut x = [acts.q; R];
-    let mut at = [0; R];
-    for r in 0..R {
-        if panel.start > 0 {
+    let mut acc = [K::V::splat(0.0); P];
+    if panel.start > 0 {
+        for r in 0..P / 2 {
             acc[r] = K::V::load(out.add(r * LANES));
         }
-        x[r] = acts.q.add(rows[r] as usize * acts.cols);
-        at[r] = rows[r] as usize * blocks;
     }
     for j in panel {
         let (lines, group) = block_at::<BITS, BLK>(format, tile, j);
         for line in 0..BLK * BITS as usize / 32 + 1 {
             K::V::prefetch(lines.wrapping_add(PREFETCH + line * 64));
         }
-        let (mut xj, mut sums) = (x, [0; R]);
-        for r in 0..R {
-            xj[r] = x[r].add(j * BLK);
-            sums[r] = *acts.sum.add(at[r] + j);
+        let (mut x, mut sums) = ([acts.q; P], [0; P]);
+        for p in 0..P {
+            (x[p], sums[p]) = acts.plane(rows[p / 2] as usize, p % 2, j);
         }
-        let isum = K::dot::<BITS, BLK, R>(lines, xj, sums);
+        let isum = K::dot::<BITS, BLK, P>(lines, x, sums);
         let (scale, bias) = format.scales::<K::V>(group);
-        for r in 0..R {
-            let (xs, xb) = (K::V::splat(*acts.scale.add(at[r] + j)), K::V::splat(*acts.bias.add(at[r] + j)));
-            acc[r] = K::V::fma(scale, K::V::mul(xs, K::V::to_f(isum[r])), acc[r]);
-            acc[r] = K::V::fma(bias, xb, acc[r]);
+        for r in 0..P / 2 {
+            let at = rows[r] as usize * blocks + j;
+            let isum = K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]);
+            acc[r] = add_block::<K::V>(acts, at, isum, scale, bias, acc[r]);
         }
     }
-    for r in 0..R {
+    for r in 0..P / 2 {
         K::V::store(out.add(r * LANES), acc[r]);
     }
-    R
+    P / 2
 }
 
-/// The same arithmetic, integers from the matrix unit.
+/// One block of one row: scaled integers, then the bias.
+#[inline(always)]
+unsafe fn add_block<V: Simd>(acts: &QuantRows, at: usize, isum: V::I, scale: V::F, bias: V::F, acc: V::F) -> V::F {
+    let (xs, xb) = (V::splat(*acts.scale.add(at)), V::splat(*acts.bias.add(at)));
+    V::fma(bias, xb, V::fma(scale, V::mul(xs, V::to_f(isum)), acc))
+}
+
+/// The same arithmetic, integers from the matrix unit: eight rows are its 16 planes.
 #[inline(always)]
 unsafe fn affine_wide<K: Kernel, const BITS: u8, const BLK: usize>(
     format: Affine,
@@ -284,11 +309,11 @@ unsafe fn affine_wide<K: Kernel, const BITS: u8, const BLK: usize>(
     panel: std::ops::Range<usize>,
     out: *mut f32,
 ) -> usize {
-    let n = rows.len().min(LANES);
+    let n = rows.len().min(LANES / 2);
     let blocks = acts.cols / BLK;
     let mut isum = [[0; LANES]; LANES];
     let mut x = [acts.q; LANES];
-    let mut acc = [K::V::splat(0.0); LANES];
+    let mut acc = [K::V::splat(0.0); LANES / 2];
     if panel.start > 0 {
         for r in 0..n {
             acc[r] = K::V::load(out.add(r * LANES));
@@ -296,16 +321,15 @@ unsafe fn affine_wide<K: Kernel, const BITS: u8, const BLK: usize>(
     }
     for j in panel {
         let (lines, group) = block_at::<BITS, BLK>(format, tile, j);
-        for r in 0..n {
-            x[r] = acts.q.add(rows[r] as usize * acts.cols + j * BLK);
+        for p in 0..2 * n {
+            x[p] = acts.plane(rows[p / 2] as usize, p % 2, j).0;
         }
-        K::dot_wide::<BITS, BLK>(lines, &x[..n], &mut isum);
+        K::dot_wide::<BITS, BLK>(lines, &x[..2 * n], &mut isum);
         let (scale, bias) = format.scales::<K::V>(group);
         for r in 0..n {
             let at = rows[r] as usize * blocks + j;
-            let (xs, xb) = (K::V::splat(*acts.scale.add(at)), K::V::splat(*acts.bias.add(at)));
-            acc[r] = K::V::fma(scale, K::V::mul(xs, K::V::to_f(K::V::load_i(isum[r].as_ptr()))), acc[r]);
-            acc[r] = K::V::fma(bias, xb, acc[r]);
+            let [high, low] = [2 * r, 2 * r + 1].map(|p| K::V::load_i(isum[p].as_ptr()));
+            acc[r] = add_block::<K::V>(acts, at, K::V::add_i(K::V::shl_i::<8>(high), low), scale, bias, acc[r]);
         }
     }
     for r in 0..n {
@@ -314,18 +338,23 @@ unsafe fn affine_wide<K: Kernel, const BITS: u8, const BLK: usize>(
     n
 }
 
-/// Adds the columns that were left out of the int8 blocks, in f32.
+/// Adds the columns that were left out of the blocks, in f32.
 #[inline(always)]
 unsafe fn add_outliers<V: Simd>(format: Affine, tile: *const u8, acts: &QuantRows, row: usize, out: *mut f32) {
     let x = *acts.x.add(row);
     let mut acc = V::load(out);
+    let (mut last, mut scale, mut bias) = (usize::MAX, V::splat(0.0), V::splat(0.0));
     for word in 0..acts.words() {
         let mut bits = *acts.mask.add(row * acts.words() + word);
         while bits != 0 {
             let column = word * 64 + bits.trailing_zeros() as usize;
             bits &= bits - 1;
-            let group = tile.add(column / format.group * format.group_bytes);
-            let (scale, bias) = format.scales::<V>(group);
+            let number = column / format.group;
+            let group = tile.add(number * format.group_bytes);
+            if number != last {
+                (scale, bias) = format.scales::<V>(group);
+                last = number;
+            }
             acc = V::fma(format.column::<V>(group, column % format.group, scale, bias), V::splat(*x.add(column)), acc);
         }
     }

@@ -69,7 +69,7 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn bits(a: Self::F) -> Self::I;
     /// Numbers with these bits.
     unsafe fn from_bits(a: Self::I) -> Self::F;
-    /// Stores the lanes, all within ±127, as bytes.
+    /// Stores the lanes, all from −128 to 127, as bytes.
     unsafe fn store_i8(p: *mut i8, a: Self::I);
 
     /// Asks for the line at `p`, which need not be valid.
@@ -85,7 +85,7 @@ pub(crate) trait Kernel: 'static {
     /// `sums[r]` is `Σ_k x[r][k]`, for sets whose weights must be signed.
     ///
     /// # Safety
-    /// Needs the instruction set; `w` is valid for the lines of `BLK` columns, each `x[r]` for `BLK` bytes within ±127.
+    /// Needs the instruction set; `w` is valid for the lines of `BLK` columns, each `x[r]` for `BLK` bytes.
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], sums: [i32; R]) -> [<Self::V as Simd>::I; R];
 
     /// Exact products of up to 16 activation rows at once, where the set has a matrix unit: `out[r][row]`.
