@@ -286,13 +286,16 @@ impl Resolved {
         resident + experts + if self.spec.tied { 0 } else { size(&self.embed) }
     }
 
-    /// What `artifacts build` writes: `format` for experts and big linears (`None` keeps the source's), routers, gates,
+    /// What `artifacts build` writes: experts and big linears at `bits` in groups (`None` keeps the source's), embedding
+    /// and head at 8 bits (at 4 they cost a third of the whole loss for a few percent of the bytes), routers, gates,
     /// norms and the recurrence's small projections as they are.
     ///
     /// # Errors
     /// A pack, whose experts are already in a sidecar.
     pub fn pack_plan(&self, bits: Option<(u8, u16)>) -> Result<PackPlan, ModelError> {
         let format = bits.map(|(bits, group)| WeightFormat::Affine { bits, group, scales: ScaleType::F16 });
+        let ends = bits.map(|(_, group)| WeightFormat::Affine { bits: 8, group, scales: ScaleType::F16 });
+        let [embed, head] = [&self.embed, &self.head].map(|m| m.name().to_owned());
         let experts = self.experts().ok_or_else(|| ModelError::NoExperts {
             path: self.ck.dir().display().to_string(),
             reason: "this is a pack; build from the checkpoint that it was made of".to_owned(),
@@ -302,6 +305,7 @@ impl Resolved {
         let mut add = |m: &Matrix, widened: bool| {
             let module = m.name().trim_end_matches(".weight").to_owned();
             // Small inputs that the group does not divide stay as they are.
+            let format = if m.name() == embed || m.name() == head { ends } else { format };
             let fits = format.is_none_or(|f| m.quantised_layout(f).is_ok());
             if !widened && fits && !m.format().is_quantised() {
                 quantise.push((module.clone(), format));
