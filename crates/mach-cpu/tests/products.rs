@@ -83,26 +83,28 @@ fn products_are_right() {
     }
 }
 
-/// A few hidden channels that are a hundred times larger must not cost the others their precision.
+/// A few hidden channels that are hundreds of times larger must not cost the others their precision.
 #[test]
 fn outlier_channels_do_not_spoil_their_block() {
     let mut rng = Rng::new(4);
     let cpu = cpu(KernelSet::automatic(), 1);
     for bits in [4, 8] {
         let (out, cols) = (128, 512);
-        let mut m = random_matrix(&mut rng, out, cols, affine(bits, 64, ScaleType::F32));
-        m.data = random_tiles(&mut rng, &m.layout, 1);
+        let m = random_matrix(&mut rng, out, cols, affine(bits, 64, ScaleType::F32));
         let plain = rng.normals(cols);
-        let mut scaled = plain.clone();
-        for channel in [3, 100, 101, 400] {
-            scaled[channel] *= 100.0;
-        }
-        let difference = |x: &[f32]| {
-            let (got, want) = (product(&cpu, &m, x, 1), exact(&m, x));
+        let difference = |factor: f32| {
+            let mut x = plain.clone();
+            let large = [3, 100, 101, 400];
+            large.iter().for_each(|&c| x[c] *= factor);
+            let (got, want) = (product(&cpu, &m, &x, 1), exact(&m, &x));
             got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
         };
-        let (before, after) = (difference(&plain), difference(&scaled));
-        assert!(after < 2.0 * before + 1e-4, "{bits} bits: absolute error {before} became {after}");
+        let before = difference(1.0);
+        // f32 itself rounds what the large channels add.
+        for (factor, bound) in [(100.0, 2e-3), (1e4, 2e-3)] {
+            let after = difference(factor);
+            assert!(after < bound, "{bits} bits, channels x {factor}: absolute error {before} became {after}");
+        }
     }
 }
 
@@ -116,8 +118,9 @@ fn extreme_integers_do_not_overflow() {
         let data = usize::from(group) * usize::from(bits) * 2;
         let block = m.layout.group_bytes();
         m.data.chunks_exact_mut(block).for_each(|b| b[..data].fill(0xff));
-        for sign in [1.0, -1.0] {
-            let x = vec![sign; 4 * 256];
+        // The high plane at ±127, then (but for each block's maximum) the low one at −128.
+        let low = |i: usize| if i % 32 == 0 { 1.0 } else { (126.0 * 256.0 - 128.0) / (127.0 * 256.0) };
+        for x in [vec![1.0; 4 * 256], vec![-1.0; 4 * 256], (0..4 * 256).map(low).collect()] {
             let want = exact(&m, &x);
             for cpu in cpus() {
                 let e = error(&product(&cpu, &m, &x, 4), &want);
@@ -182,5 +185,5 @@ fn bytes_are_the_same_on_every_architecture() {
     for bits in ids.into_iter().chain(weights.into_iter().map(f32::to_bits)) {
         hash = (hash ^ u64::from(bits)).wrapping_mul(0x0100_0000_01b3);
     }
-    assert_eq!(hash, 0x26b9_c826_c2d9_9226, "{hash:#x}");
+    assert_eq!(hash, 0xe698_7d32_0473_5ab5, "{hash:#x}");
 }

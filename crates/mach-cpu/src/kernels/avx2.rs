@@ -35,7 +35,9 @@ unsafe fn pin(sums: &mut [__m256i; 2]) {
 #[inline(always)]
 unsafe fn anew<const R: usize>(mut x: [*const i8; R]) -> [*const i8; R] {
     for p in &mut x {
-        asm!("/* {0} */", inout(reg) * p, options(nomem, nostack, preserves_flags));
+        let mut address = p.addr();
+        asm!("/* {0} */", inout(reg) address, options(nomem, nostack, preserves_flags));
+        *p = p.with_addr(address);
     }
     x
 }

@@ -2,9 +2,9 @@
 //!
 //! Each row is quantised alone, in blocks of 32 or 64 columns with scale `max|x| / 32,512`, and stored as two planes
 //! of int8. One plane alone (`max|x| / 127`) flips 3.6 % of the routes of the built-in model; two flip none worth
-//! naming, and decode stays bound by memory. A few hidden channels of real models are a hundred times larger than the
-//! rest and would take precision from their block: columns above 8 times the row's trimmed mean magnitude are left out
-//! of the blocks and multiplied in f32.
+//! naming, and decode stays bound by memory. A few hidden channels of real models are hundreds of times larger than the
+//! rest and would take precision from their block: columns far above the row's trimmed mean magnitude are left out of
+//! the blocks and multiplied in f32.
 
 use mach_format::AlignedBytes;
 
