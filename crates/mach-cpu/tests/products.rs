@@ -119,7 +119,7 @@ fn extreme_integers_do_not_overflow() {
         let block = m.layout.group_bytes();
         m.data.chunks_exact_mut(block).for_each(|b| b[..data].fill(0xff));
         // The high plane at ±127, then (but for each block's maximum) the low one at −128.
-        let low = |i: usize| if i % 32 == 0 { 1.0 } else { (126.0 * 256.0 - 128.0) / (127.0 * 256.0) };
+        let low = |i: usize| if i.is_multiple_of(32) { 1.0 } else { (126.0 * 256.0 - 128.0) / (127.0 * 256.0) };
         for x in [vec![1.0; 4 * 256], vec![-1.0; 4 * 256], (0..4 * 256).map(low).collect()] {
             let want = exact(&m, &x);
             for cpu in cpus() {
