@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use crate::KernelSet;
 
-/// One round: long against the clock, short against the slices of a busy system.
-const ROUND: Duration = Duration::from_millis(10);
-const ROUNDS: usize = 12;
+/// One round: long against reading the clock, short against the time slices of a busy system.
+const ROUND: Duration = Duration::from_millis(2);
+const ROUNDS: usize = 50;
 /// Passes through a loop between looks at the clock, some 50 µs.
 const PASSES: u64 = 4096;
 

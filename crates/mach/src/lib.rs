@@ -12,8 +12,11 @@
 pub mod cli;
 mod error;
 mod estimate;
+mod limits;
 mod load;
 mod locate;
+mod rates;
+pub mod synthetic;
 pub mod system;
 
 pub use error::Error;

@@ -41,7 +41,7 @@ fn parse_bank(text: &str) -> Result<BankSize, String> {
     }
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+pub(super) fn positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| format!("`{text}` is not a number of at least 1"))
 }
 

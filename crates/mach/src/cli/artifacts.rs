@@ -105,7 +105,8 @@ fn build(args: &Build) -> Result<(), Error> {
     Ok(())
 }
 
-fn bar() -> ProgressBar {
+/// Progress in bytes.
+pub(super) fn bar() -> ProgressBar {
     let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template("{wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left") {
         bar.set_style(style);

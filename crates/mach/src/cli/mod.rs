@@ -3,6 +3,7 @@
 mod archs;
 mod args;
 mod artifacts;
+mod bench;
 mod chat;
 mod check;
 mod completions;
@@ -50,6 +51,8 @@ enum Command {
     Models(list::Args),
     /// Build, verify and describe expert sidecars and packs
     Artifacts(artifacts::Args),
+    /// Measure speed
+    Bench(bench::Args),
     /// Perplexity of a token sequence, and agreement with reference logits
     Eval(eval::Args),
     /// Show the prompt and token ids of a text or a conversation
@@ -67,6 +70,7 @@ impl Command {
             Self::Archs(a) => a.json,
             Self::Models(a) => a.json,
             Self::Artifacts(a) => a.json(),
+            Self::Bench(a) => a.json(),
             Self::Eval(a) => a.json,
             Self::Tokenize(a) => a.json,
         }
@@ -81,6 +85,7 @@ impl Command {
             Self::Archs(a) => archs::run(&a),
             Self::Models(a) => list::run(&a),
             Self::Artifacts(a) => artifacts::run(a),
+            Self::Bench(a) => bench::run(&a),
             Self::Eval(a) => eval::run(&a),
             Self::Tokenize(a) => tokenize::run(&a),
             Self::Completions(a) => completions::run(&a),

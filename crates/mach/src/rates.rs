@@ -1,0 +1,146 @@
+//! Rates of the machine, measured: what memory and the drive can give.
+
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use mach_backend::Part;
+use mach_experts::{Key, RecordSource};
+
+/// Streams that one thread reads at a time: one alone waits for the prefetcher of the processor.
+const STREAMS: usize = 4;
+/// Windows that a buffer is read in. The best window counts: on a busy machine some of them are not interrupted.
+const WINDOWS: usize = 4;
+
+/// Bytes per second that `threads` can read from memory together: each reads its own `bytes_each` three times.
+pub(crate) fn memory_rate(threads: usize, bytes_each: usize) -> f64 {
+    let threads = threads.max(1);
+    let start = Barrier::new(threads);
+    let windows = |start: &Barrier| -> Vec<(Instant, Instant)> {
+        let data = vec![1u64; bytes_each / 8];
+        let window = (data.len() / WINDOWS).max(1);
+        let mut times = Vec::with_capacity(3 * WINDOWS);
+        for _ in 0..3 {
+            for part in data.chunks_exact(window).take(WINDOWS) {
+                start.wait();
+                let began = Instant::now();
+                black_box(sum(black_box(part)));
+                times.push((began, Instant::now()));
+            }
+        }
+        times
+    };
+    let times: Vec<Vec<(Instant, Instant)>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| windows(&start))).collect();
+        workers.into_iter().filter_map(|w| w.join().ok()).collect()
+    });
+    let rate = |window: usize| {
+        let spans = times.iter().filter_map(|t| t.get(window));
+        let (first, last) = (spans.clone().map(|s| s.0).min(), spans.map(|s| s.1).max());
+        let seconds = first.zip(last).map_or(f64::INFINITY, |(first, last)| (last - first).as_secs_f64());
+        (times.len() * (bytes_each / WINDOWS)) as f64 / seconds.max(1e-9)
+    };
+    (0..3 * WINDOWS).map(rate).fold(0.0, f64::max)
+}
+
+/// The sum of words, over several streams with several sums each, so that neither the latency of an addition nor that of
+/// a memory access is waited for.
+fn sum(data: &[u64]) -> u64 {
+    let part = data.len() / STREAMS;
+    let streams: [&[[u64; 8]]; STREAMS] = std::array::from_fn(|s| data[s * part..(s + 1) * part].as_chunks().0);
+    let mut sums = [[0u64; 8]; STREAMS];
+    for line in 0..part / 8 {
+        for (sums, stream) in sums.iter_mut().zip(&streams) {
+            for (sum, word) in sums.iter_mut().zip(&stream[line]) {
+                *sum = sum.wrapping_add(*word);
+            }
+        }
+    }
+    sums.iter().flatten().fold(0, |all, sum| all.wrapping_add(*sum))
+}
+
+/// Bytes per second of random records with `depth` reads under way; `None` when a read fails.
+pub(crate) fn disk_rate(source: &dyn RecordSource, depth: usize, time: Duration) -> Option<f64> {
+    let [a, b] = source.part_bytes();
+    let (bytes, failed) = (AtomicU64::new(0), AtomicBool::new(false));
+    let began = Instant::now();
+    let reader = |seed: usize| {
+        let mut memory = vec![0u8; a + b + 4096];
+        let start = memory.as_ptr().align_offset(4096);
+        let (first, second) = memory[start..start + a + b].split_at_mut(a);
+        let mut random = Xorshift::new(seed as u64 + 1);
+        while began.elapsed() < time {
+            let key = Key { layer: random.below(source.layers()), expert: random.below(source.experts()) };
+            match source.read(key, Part::Both, [&mut *first, &mut *second]) {
+                Ok(read) => bytes.fetch_add(read, Ordering::Relaxed),
+                Err(_) => return failed.store(true, Ordering::Relaxed),
+            };
+        }
+    };
+    std::thread::scope(|scope| (0..depth.max(1)).for_each(|seed| drop(scope.spawn(move || reader(seed)))));
+    let seconds = began.elapsed().as_secs_f64();
+    (!failed.into_inner()).then(|| bytes.into_inner() as f64 / seconds.max(1e-9))
+}
+
+/// A fast generator of numbers that only have to look random.
+pub(crate) struct Xorshift(u64);
+
+impl Xorshift {
+    /// Different numbers for every seed.
+    pub(crate) fn new(seed: u64) -> Self {
+        // Neighbouring seeds far apart, and never 0.
+        let x = seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        Self((x ^ x >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// 0 up to `n`, exclusive.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (((self.next() >> 32) * n as u64) >> 32) as usize
+    }
+
+    /// 0 up to 1.
+    pub(crate) fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u32 << 24) as f32
+    }
+
+    /// Mean 0, variance 1, by the sum of twelve.
+    pub(crate) fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.unit()).sum::<f32>() - 6.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Protects the ceilings from reads that are left out: every word counts once.
+    #[test]
+    fn every_word_is_read() {
+        assert_eq!(sum(&vec![3; 1 << 12]), 3 << 12);
+        assert!(memory_rate(2, 1 << 20).is_finite());
+    }
+
+    /// Protects synthetic weights and probes from a generator that is stuck or biased.
+    #[test]
+    fn numbers_look_random() {
+        let mut random = Xorshift::new(7);
+        let values: Vec<f32> = (0..20_000).map(|_| random.normal()).collect();
+        let mean = values.iter().sum::<f32>() / values.len() as f32;
+        let variance = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
+        assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.05, "{mean} {variance}");
+        let counts = (0..8000).fold([0; 8], |mut counts, _| {
+            counts[random.below(8)] += 1;
+            counts
+        });
+        assert!(counts.iter().all(|c| (850..1150).contains(c)), "{counts:?}");
+        assert_ne!(Xorshift::new(0).next(), Xorshift::new(1).next());
+    }
+}
