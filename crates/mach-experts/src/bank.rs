@@ -103,7 +103,7 @@ impl Bank {
         let slot = match self.free.pop() {
             Some(slot) => slot,
             None => {
-                let slot = self.victim()?;
+                let slot = self.victim(Some(key.layer))?;
                 self.evict(slot);
                 self.evictions += 1;
                 slot
@@ -128,7 +128,7 @@ impl Bank {
         let slot = match self.free.pop() {
             Some(slot) => slot,
             None => {
-                let slot = self.victim()?;
+                let slot = self.victim(None)?;
                 self.evict(slot);
                 slot
             }
@@ -151,16 +151,18 @@ impl Bank {
         }
     }
 
-    fn victim(&mut self) -> Option<usize> {
+    /// The least valuable unpinned expert, to make room for one of layer `newcomer`. Other layers keep their floor as long
+    /// as there is another way.
+    fn victim(&mut self, newcomer: Option<usize>) -> Option<usize> {
         let n = self.slots.len();
         // A random sample of a large bank; all slots of a small one, or should the whole sample be pinned.
         let sampled = if n > SAMPLE {
             let sample: [usize; SAMPLE] = std::array::from_fn(|_| (self.random() % n as u64) as usize);
-            self.least_of(sample.into_iter(), true)
+            self.least_of(sample.into_iter(), newcomer, true)
         } else {
             None
         };
-        sampled.or_else(|| self.least_of(0..n, true)).or_else(|| self.least_of(0..n, false))
+        sampled.or_else(|| self.least_of(0..n, newcomer, true)).or_else(|| self.least_of(0..n, newcomer, false))
     }
 
     /// xorshift64: the choice only moves time, never results.
@@ -171,11 +173,12 @@ impl Bank {
         self.rng
     }
 
-    fn least_of(&self, candidates: impl Iterator<Item = usize>, keep_layer_floor: bool) -> Option<usize> {
+    fn least_of(&self, candidates: impl Iterator<Item = usize>, newcomer: Option<usize>, keep_layer_floor: bool) -> Option<usize> {
         candidates
             .filter(|&i| {
                 let s = &self.slots[i];
-                s.state == State::Ready && s.pins == 0 && (!keep_layer_floor || self.per_layer[s.key.layer] > self.layer_floor)
+                let spare = || Some(s.key.layer) == newcomer || self.per_layer[s.key.layer] > self.layer_floor;
+                s.state == State::Ready && s.pins == 0 && (!keep_layer_floor || spare())
             })
             .min_by(|&a, &b| self.slots[a].score.total_cmp(&self.slots[b].score))
     }

@@ -1,13 +1,8 @@
 //! mach runs Mixture-of-Experts language models that do not fit in memory: routed experts stream from the SSD into a
 //! bounded bank. This crate is the door to it from Rust.
 //!
-//! ```no_run
-//! # fn main() -> Result<(), mach::Error> {
-//! let model = mach::load(None, &mach::LoadOptions::default())?;
-//! let prompt = model.session.chat("What is the capital of France?")?;
-//! # Ok(())
-//! # }
-//! ```
+//! [`load`] gives a [`Session`](session::Session) of text, [`load_moe`] an [`EngineHandle`](engine::EngineHandle) of token
+//! ids; both have examples that run on the built-in model.
 
 pub mod cli;
 mod error;
@@ -20,7 +15,8 @@ pub mod synthetic;
 pub mod system;
 
 pub use error::Error;
-pub use load::{BackendKind, LoadOptions, Loaded, Prepared, load, load_moe, prepare};
+pub use load::{BackendKind, LoadOptions, Loaded, Prepared, Progress, load, load_moe, load_with, prepare};
+pub use mach_models::plan::BankSize;
 pub use locate::{ModelPath, hub_cache, installed, locate};
 pub use mach_engine as engine;
 pub use mach_models as models;

@@ -64,8 +64,10 @@ pub struct Prepared {
 
 /// A model that answers.
 pub struct Loaded {
-    /// Text in, text out.
-    pub session: Session,
+    /// Token ids in, token ids out.
+    pub engine: EngineHandle,
+    /// Tokenizer and template; `None` for a checkpoint without a tokenizer.
+    pub text: Option<Arc<TextModel>>,
     /// What was decided.
     pub plan: MemoryPlan,
     /// Time it took.
@@ -261,6 +263,20 @@ impl Prepared {
     }
 }
 
+impl Loaded {
+    /// Text in, text out.
+    ///
+    /// # Errors
+    /// A checkpoint without a tokenizer.
+    pub fn session(&self) -> Result<Session, Error> {
+        let text = self.text.clone().ok_or_else(|| Error::Input {
+            code: "no-tokenizer",
+            message: format!("{} has no tokenizer.json: copy it there, or give token ids with --tokens", self.path.dir.display()),
+        })?;
+        Ok(Session::new(self.engine.clone(), text))
+    }
+}
+
 /// Loads a model with its tokenizer and template; without a name the built-in one.
 ///
 /// # Errors
@@ -270,10 +286,11 @@ impl Prepared {
 /// # fn main() -> Result<(), mach::Error> {
 /// use mach::session::GenerateRequest;
 /// let model = mach::load(None, &mach::LoadOptions::default())?;
-/// let prompt = model.session.text().raw_prompt("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")?;
+/// let session = model.session()?;
+/// let prompt = session.text().raw_prompt("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")?;
 /// let mut request = GenerateRequest { prompt, max_tokens: Some(16), ..Default::default() };
 /// request.sampling.temperature = Some(0.0);
-/// let reply = model.session.generate(request)?.wait()?;
+/// let reply = session.generate(request)?.wait()?;
 /// assert_eq!(reply.text, "The capital of France is Paris.");
 /// # Ok(())
 /// # }
@@ -288,11 +305,13 @@ pub fn load(model: Option<&str>, options: &LoadOptions) -> Result<Loaded, Error>
 /// As [`load`].
 pub fn load_with(prepared: &Prepared, progress: Progress<'_>) -> Result<Loaded, Error> {
     let began = std::time::Instant::now();
-    let text = Arc::new(TextModel::open(&prepared.path.dir)?);
+    let has_text = prepared.path.dir.join("tokenizer.json").exists();
+    let text = has_text.then(|| TextModel::open(&prepared.path.dir)).transpose()?.map(Arc::new);
     let estimate = prepared.estimate();
     let engine = prepared.start(progress)?;
     Ok(Loaded {
-        session: Session::new(engine, text),
+        engine,
+        text,
         plan: prepared.plan.clone(),
         load_ms: began.elapsed().as_secs_f64() * 1e3,
         estimate,

@@ -71,7 +71,7 @@ fn builtin() -> Result<ModelPath, Error> {
     }
     tried.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny"));
     match tried.iter().find(|d| d.join("config.json").exists()) {
-        Some(dir) => Ok(ModelPath { dir: dir.clone(), name: "mach-tiny".to_owned(), builtin: true }),
+        Some(dir) => Ok(ModelPath { dir: dir.canonicalize().unwrap_or_else(|_| dir.clone()), name: "mach-tiny".to_owned(), builtin: true }),
         None => Err(Error::NoBuiltin { tried: tried.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(", ") }),
     }
 }

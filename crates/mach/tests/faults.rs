@@ -4,7 +4,7 @@ mod support;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -15,6 +15,13 @@ fn generate(dir: &Path, flags: &[&str]) -> support::Ran {
     let tokens = dir.join("tokens.json");
     std::fs::write(&tokens, "[1, 2, 3, 4, 5]").unwrap();
     mach(&[&["generate", "--model", arg(dir), "--tokens", arg(&tokens), "-n", "2", "--json"][..], flags].concat())
+}
+
+/// The file of a layer's experts.
+fn layer_file(model: &Path, layer: usize) -> PathBuf {
+    let prefix = format!("layer-{layer:03}");
+    let mut files = std::fs::read_dir(model.join("expert_sidecar")).unwrap().flatten();
+    files.find(|f| f.file_name().to_string_lossy().starts_with(&prefix)).unwrap().path()
 }
 
 /// A broken copy of a plain checkpoint.
@@ -56,7 +63,7 @@ fn damaged_checkpoints_are_named() {
 /// A flipped byte is found at load when everything is loaded, at the read when streaming, and by verify.
 #[test]
 fn a_flipped_byte_in_a_record_is_found() {
-    let dir = broken(&tiny(), |d| flip(&d.join("expert_sidecar/layer-003.experts"), 7000));
+    let dir = broken(&tiny(), |d| flip(&layer_file(d, 3), 7000));
     generate(dir.path(), &["--no-streaming"]).failed_with("expert-checksum");
     let ran = mach(&["generate", "Tell me a story about a fox and a bear and a bird.", "--model", arg(dir.path()), "--streaming", "--bank", "20%", "--temperature", "0"]);
     assert!(ran.failed_with("expert-checksum").err.contains("layer 3"), "{}", ran.err);
@@ -90,7 +97,7 @@ fn budgets_below_the_floor() {
     mach(&["generate", "x", "--bank", "90%", "--memory-budget", "70MiB"]).failed_with("budget");
     mach(&["generate", "x", "--no-streaming", "--memory-budget", "70MiB"]).failed_with("budget");
     mach(&["generate", "x", "--no-streaming", "--bank", "50%"]).failed_with("budget");
-    mach(&["generate", "x", "--ctx-size", "4000000"]).failed_with("budget");
+    mach(&["generate", "x", "--ctx-size", "400000000"]).failed_with("budget");
     let check = mach(&["check", "--memory-budget", "20MiB", "--json"]).json();
     assert_eq!(check["verdict"], "wont_fit");
 }
@@ -107,7 +114,8 @@ fn a_killed_build_resumes() {
     child.kill().unwrap();
     child.wait().unwrap();
     let resumed = mach(&["artifacts", "build", arg(dir.path()), "--json"]).json();
-    assert_eq!(resumed["layers_written"].as_u64().unwrap() + resumed["layers_kept"].as_u64().unwrap(), 8);
+    let layers = mach(&["artifacts", "info", arg(dir.path()), "--json"]).json()["layers"].as_u64().unwrap();
+    assert_eq!(resumed["layers_written"].as_u64().unwrap() + resumed["layers_kept"].as_u64().unwrap(), layers);
     assert_eq!(mach(&["artifacts", "verify", arg(dir.path()), "--json"]).json()["valid"], true);
     // A pack is never written over.
     let out = dir.path().join("pack");
@@ -165,7 +173,7 @@ fn a_bad_record_while_serving_fails_one_request() {
     };
     assert_eq!(ask("What is the capital of France?").0, 200);
     // Every record of one layer rots behind the server's back.
-    let layer = dir.path().join("expert_sidecar/layer-005.experts");
+    let layer = layer_file(dir.path(), 5);
     let good = std::fs::read(&layer).unwrap();
     let rotten: Vec<u8> = good.iter().map(|b| b ^ 1).collect();
     let overwrite = |bytes: &[u8]| {

@@ -134,7 +134,7 @@ impl EngineArgs {
         let mut bar = LoadBar::new();
         let loaded = load_with(&prepared, &mut |what, done, all| bar.show(what, done, all))?;
         bar.0.end(None);
-        eprintln!("{}", signal_line(&loaded.session.engine().info().signals));
+        eprintln!("{}", signal_line(&loaded.engine.info().signals));
         let e = &loaded.estimate;
         let disk = e.disk_gb_s.map(|d| format!(", disk {d:.2} GB/s")).unwrap_or_default();
         eprintln!("loaded in {}; expect up to {:.1} tok/s in decode (memory {:.1} GB/s{disk})", output::seconds(loaded.load_ms / 1e3), e.tok_s, e.memory_gb_s);

@@ -8,7 +8,7 @@ use mach_engine::{CancelToken, FinishReason, Receipt};
 use mach_session::{ChatInput, GenerateRequest, Session, TextEvent, ThinkSplitter, prompt_opens_thinking};
 use serde_json::{Map, Value, json};
 
-use super::args::{EngineArgs, SamplingArgs, on_interrupt};
+use super::args::{EngineArgs, SamplingArgs};
 use super::generate::prefill_line;
 use super::output::{self, ProgressLine};
 use crate::Error;
@@ -50,7 +50,7 @@ pub(super) fn run(mut args: Args) -> Result<(), Error> {
     let to_stop = running.clone();
     on_interrupt_while_running(to_stop)?;
     let system = args.system.take();
-    let mut chat = Chat { session: loaded.session.clone(), system, messages: Vec::new(), last: None, running, args };
+    let mut chat = Chat { session: loaded.session()?, system, messages: Vec::new(), last: None, running, args };
     let interactive = std::io::stdin().is_terminal();
     if interactive {
         eprintln!("{}: type a message. {HELP}", loaded.path.name);

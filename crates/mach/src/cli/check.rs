@@ -1,6 +1,6 @@
 //! `mach check`: whether and how a model would run here. Reads headers only.
 
-use mach_experts::{RecordSource, Residency};
+use mach_experts::Residency;
 use mach_models::plan::{Verdict, default_budget};
 use mach_models::{MemoryPlan, ModelError};
 use serde_json::{Value, json};

@@ -4,13 +4,13 @@ use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use mach_engine::{FinishReason, Receipt};
-use mach_session::{ChatInput, GenerateRequest, Prompt, Session, TextEvent};
+use mach_engine::{CancelToken, Event, FinishReason, Receipt, Request};
+use mach_session::{ChatInput, GenerateRequest, GenerationDefaults, Prompt, SamplingOverrides, Session, TextEvent};
 use serde_json::{Map, json};
 
 use super::args::{EngineArgs, SamplingArgs, on_interrupt, read_tokens};
 use super::output::{self, ProgressLine};
-use crate::{Error, system};
+use crate::{Error, Loaded, system};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -60,30 +60,15 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
         (None, None) => Some(read_stdin()?),
     };
     let loaded = args.engine.load(args.model.as_deref())?;
-    let session = &loaded.session;
-    let prompt = match (tokens, text) {
-        (Some(tokens), _) => Prompt::from_tokens(tokens),
-        (None, text) => {
-            let text = text.unwrap_or_default();
-            if args.raw { session.text().raw_prompt(&text)? } else { chat_prompt(session, &text, args.system.as_deref(), args.think)? }
-        }
+    let (events, cancel) = match (tokens, &loaded.text) {
+        (Some(tokens), None) => bare_events(&args, &loaded, tokens)?,
+        (tokens, _) => text_events(&args, &loaded.session()?, tokens, text.unwrap_or_default())?,
     };
-    let request = GenerateRequest {
-        prompt,
-        sampling: args.sampling.overrides(),
-        ignore_generation_config: args.raw || args.tokens.is_some(),
-        max_tokens: args.max_tokens,
-        stop: args.stop.clone(),
-        ignore_eos: args.ignore_eos,
-        want_logits: args.logits.is_some(),
-    };
-    let stream = session.generate(request)?;
-    let cancel = stream.cancel_token();
     on_interrupt(move || cancel.cancel())?;
     let mut out = Output { args: &args, text: String::new(), tokens: Vec::new(), logits: Vec::new() };
     let (mut progress, began) = (ProgressLine::new(), Instant::now());
     let mut ttft_ms = None;
-    for event in stream {
+    for event in events {
         match event {
             TextEvent::Prefill { done, total, cached } => progress.show(|| prefill_line(done, total, cached, began)),
             TextEvent::Delta { text, token, logits } => {
@@ -105,6 +90,48 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
         }
     }
     Err(mach_engine::SubmitError::Closed.into())
+}
+
+type Events = (Box<dyn Iterator<Item = TextEvent>>, CancelToken);
+
+fn text_events(args: &Args, session: &Session, tokens: Option<Vec<u32>>, text: String) -> Result<Events, Error> {
+    let prompt = match tokens {
+        Some(tokens) => Prompt::from_tokens(tokens),
+        None if args.raw => session.text().raw_prompt(&text)?,
+        None => chat_prompt(session, &text, args.system.as_deref(), args.think)?,
+    };
+    let stream = session.generate(GenerateRequest {
+        prompt,
+        sampling: args.sampling.overrides(),
+        ignore_generation_config: args.raw || args.tokens.is_some(),
+        max_tokens: args.max_tokens,
+        stop: args.stop.clone(),
+        ignore_eos: args.ignore_eos,
+        want_logits: args.logits.is_some(),
+    })?;
+    let cancel = stream.cancel_token();
+    Ok((Box::new(stream), cancel))
+}
+
+/// Ids in, ids out, for a checkpoint without a tokenizer.
+fn bare_events(args: &Args, loaded: &Loaded, prompt: Vec<u32>) -> Result<Events, Error> {
+    let stop_ids = if args.ignore_eos { Vec::new() } else { GenerationDefaults::read(&loaded.path.dir)?.eos };
+    let (cancel, events) = loaded.engine.submit_channel(Request {
+        prompt,
+        sampling: args.sampling.overrides().resolve(&SamplingOverrides::default()),
+        max_tokens: args.max_tokens,
+        stop_ids,
+        policy: None,
+        snapshot_at: Vec::new(),
+        want_logits: args.logits.is_some(),
+    })?;
+    let events = events.into_iter().map(|event| match event {
+        Event::Prefill { done, total, cached } => TextEvent::Prefill { done, total, cached },
+        Event::Token { id, logits } => TextEvent::Delta { text: String::new(), token: Some(id), logits },
+        Event::Finished { reason, receipt } => TextEvent::Finished { reason, stop: None, receipt },
+        Event::Failed { code, message } => TextEvent::Failed { code, message },
+    });
+    Ok((Box::new(events), cancel))
 }
 
 fn read_stdin() -> Result<String, Error> {

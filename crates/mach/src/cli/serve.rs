@@ -38,7 +38,7 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
     config.host = args.host;
     config.port = args.port;
     config.api_keys = args.api_key;
-    let server = Server::bind(config, loaded.session.clone()).map_err(server_error)?;
+    let server = Server::bind(config, loaded.session()?).map_err(server_error)?;
     let url = server.url();
     eprintln!("listening on {url} (OpenAI API at {url}/v1)");
     if args.ready_json {
