@@ -43,11 +43,7 @@ impl Weight {
             let tile = &data[at..at + layout.tile_bytes()];
             out.extend((0..layout.cols).map(|col| layout.element(tile, row % TILE_ROWS, col)));
         }
-        Self {
-            rows: layout.rows,
-            cols: layout.cols,
-            data: out,
-        }
+        Self { rows: layout.rows, cols: layout.cols, data: out }
     }
 
     fn apply(&self, x: &[f32]) -> Vec<f32> {
@@ -65,10 +61,7 @@ pub struct GateUp {
 impl GateUp {
     fn unpack(layout: &GateUpLayout, data: &[u8]) -> Self {
         let (half, tile) = (&layout.half, layout.half.tile_bytes());
-        Self {
-            gate: Weight::unpack(half, data, 2 * tile),
-            up: Weight::unpack(half, &data[tile..], 2 * tile),
-        }
+        Self { gate: Weight::unpack(half, data, 2 * tile), up: Weight::unpack(half, &data[tile..], 2 * tile) }
     }
 
     fn apply(&self, activation: Activation, x: &[f32]) -> Vec<f32> {
@@ -217,10 +210,7 @@ impl Backend for Reference {
     }
 
     fn tensor(&self, rows: usize, cols: usize) -> Tensor {
-        Tensor {
-            cols,
-            data: vec![0.0; rows * cols],
-        }
+        Tensor { cols, data: vec![0.0; rows * cols] }
     }
 
     fn reshape(&self, t: &mut Tensor, rows: usize, cols: usize) {
@@ -265,10 +255,7 @@ impl Backend for Reference {
     }
 
     fn state(&self, spec: &GdnSpec) -> State {
-        State {
-            tail: vec![0.0; (spec.kernel - 1) * spec.channels()],
-            s: vec![0.0; spec.v_heads * spec.k_dim * spec.v_dim],
-        }
+        State { tail: vec![0.0; (spec.kernel - 1) * spec.channels()], s: vec![0.0; spec.v_heads * spec.k_dim * spec.v_dim] }
     }
 
     fn copy_state(&self, src: &State, dst: &mut State) {
@@ -382,9 +369,8 @@ impl Backend for Reference {
             for r in seg.row..seg.row + seg.rows {
                 // Causal conv over the tail and the current row, then silu.
                 seg.state.tail.extend_from_slice(qkv.row(r));
-                let mixed: Vec<f32> = (0..channels)
-                    .map(|c| silu((0..spec.kernel).map(|j| w.conv.row(j)[c] * seg.state.tail[j * channels + c]).sum()))
-                    .collect();
+                let mixed: Vec<f32> =
+                    (0..channels).map(|c| silu((0..spec.kernel).map(|j| w.conv.row(j)[c] * seg.state.tail[j * channels + c]).sum())).collect();
                 seg.state.tail.drain(..channels);
                 let l2 = |x: &[f32]| {
                     let inv = 1.0 / (dot(x, x) + 1e-6).sqrt();

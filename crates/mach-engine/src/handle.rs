@@ -44,14 +44,7 @@ impl EngineHandle {
     /// A handle and the receiving end that an engine thread serves.
     pub fn new(info: EngineInfo) -> (Self, Receiver<Submission>) {
         let (tx, rx) = channel();
-        (
-            Self {
-                tx,
-                info: Arc::new(info),
-                stats: SharedStats::default(),
-            },
-            rx,
-        )
+        (Self { tx, info: Arc::new(info), stats: SharedStats::default() }, rx)
     }
 
     /// Static facts.
@@ -78,10 +71,7 @@ impl EngineHandle {
             return Err(SubmitError::EmptyPrompt);
         }
         if request.prompt.len() >= self.info.context {
-            return Err(SubmitError::ContextOverflow {
-                prompt: request.prompt.len(),
-                context: self.info.context,
-            });
+            return Err(SubmitError::ContextOverflow { prompt: request.prompt.len(), context: self.info.context });
         }
         if let Some(&id) = request.prompt.iter().find(|&&id| id as usize >= self.info.vocab) {
             return Err(SubmitError::TokenOutOfRange { id, vocab: self.info.vocab });
@@ -94,12 +84,7 @@ impl EngineHandle {
             Ok(())
         })?;
         let cancel = CancelToken::new();
-        let submission = Submission {
-            request,
-            sink,
-            cancel: cancel.clone(),
-            at: Instant::now(),
-        };
+        let submission = Submission { request, sink, cancel: cancel.clone(), at: Instant::now() };
         self.tx.send(submission).map_err(|_| {
             self.stats.with(|s| s.queued -= 1);
             SubmitError::Closed

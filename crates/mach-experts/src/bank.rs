@@ -237,7 +237,9 @@ mod tests {
     #[test]
     fn a_layer_keeps_its_floor() {
         let mut bank = Bank::new(8, 2, 16, 2);
-        (0..4).for_each(|e| drop(ready(&mut bank, key(1, e))));
+        for e in 0..4 {
+            ready(&mut bank, key(1, e));
+        }
         (0..20).for_each(|e| {
             bank.step += 100;
             ready(&mut bank, key(0, e % 16));
@@ -252,7 +254,9 @@ mod tests {
         let slot = bank.admit(key(0, 5)).unwrap();
         bank.discard(slot);
         assert_eq!(bank.lookup(key(0, 5)), None);
-        (0..3).for_each(|e| drop(ready(&mut bank, key(0, e))));
+        for e in 0..3 {
+            ready(&mut bank, key(0, e));
+        }
         bank.retire().unwrap();
         assert_eq!((bank.in_service(), bank.per_layer[0]), (2, 2));
     }

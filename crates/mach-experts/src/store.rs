@@ -206,7 +206,10 @@ enum Stage {
     /// No slot yet.
     Waiting,
     /// Parts that have arrived and that were handed out (gate|up, down).
-    Held { arrived: [bool; 2], given: [bool; 2] },
+    Held {
+        arrived: [bool; 2],
+        given: [bool; 2],
+    },
     Released,
 }
 

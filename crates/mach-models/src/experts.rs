@@ -26,7 +26,10 @@ pub fn open_experts(files: &Resolved, sidecar: Option<&Path>) -> Result<Option<A
     let dir = sidecar.or_else(|| beside.is_dir().then_some(&beside));
     let Some(dir) = dir else {
         let Some(layers) = files.experts() else {
-            return Err(ModelError::NoExperts { path: ck.dir().display().to_string(), reason: "there is no expert_sidecar folder; copy the whole pack".to_owned() });
+            return Err(ModelError::NoExperts {
+                path: ck.dir().display().to_string(),
+                reason: "there is no expert_sidecar folder; copy the whole pack".to_owned(),
+            });
         };
         let experts = moe[0].1.router.experts;
         return Ok(Some(Arc::new(CheckpointSource::new(ck.dir().to_owned(), experts, layers))));

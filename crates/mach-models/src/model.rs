@@ -121,7 +121,8 @@ impl<B: Backend> Model<B> {
             Some(source) if spec.routed_experts() > 0 => {
                 let store_options = StoreOptions { slots: plan.slots, readers: options.readers, top_k: spec.top_k(), residency: plan.residency };
                 let slots = ExpertStore::<B::Memory>::slots_wanted(&*source, &store_options)?;
-                let memory = b.alloc_bank(slots, source.part_bytes()).map_err(|e| ExpertError::Memory { slots, bytes: slots as u64 * plan.slot_bytes, source: e })?;
+                let memory =
+                    b.alloc_bank(slots, source.part_bytes()).map_err(|e| ExpertError::Memory { slots, bytes: slots as u64 * plan.slot_bytes, source: e })?;
                 let mut store = ExpertStore::new(memory, source, &store_options)?;
                 if plan.residency == Residency::Resident {
                     store.load_all(&mut |done, all| (options.progress)("experts", done, all))?;
@@ -311,7 +312,13 @@ impl<B: Backend> Model<B> {
     ///
     /// # Errors
     /// Failed reads, cancellation: roll the sequences back or drop them.
-    pub fn step(&mut self, f: &mut Forward<B>, seqs: &mut [&mut Sequence<B>], log: Option<&mut RouteLog>, cancelled: &dyn Fn() -> bool) -> Result<bool, ModelError> {
+    pub fn step(
+        &mut self,
+        f: &mut Forward<B>,
+        seqs: &mut [&mut Sequence<B>],
+        log: Option<&mut RouteLog>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<bool, ModelError> {
         let (b, ws, eps) = (&*self.backend, &mut self.ws, self.spec.eps);
         let (layer, index, total) = (&self.layers[f.layer], f.layer, f.rows.len());
         let rope_cols = 2 * self.inv_freq.len();

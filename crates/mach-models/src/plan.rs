@@ -188,8 +188,10 @@ impl MemoryPlan {
             let fits = |c: usize| Workspace::<mach_backend::Reference>::bytes(spec, Chunks { mixer: c, moe: c }) <= budget / 8;
             [512, 256, 128, 64, 32].into_iter().find(|&c| fits(c)).unwrap_or(16)
         });
-        let fixed = |chunks: Chunks| BASE_BYTES + options.tokenizer_bytes + sizes.resident_bytes + states + Workspace::<mach_backend::Reference>::bytes(spec, chunks);
-        let short = |what: &str, needed: u64, available: u64, hint: &str| ModelError::Budget { what: what.to_owned(), needed, available, hint: hint.to_owned() };
+        let fixed =
+            |chunks: Chunks| BASE_BYTES + options.tokenizer_bytes + sizes.resident_bytes + states + Workspace::<mach_backend::Reference>::bytes(spec, chunks);
+        let short =
+            |what: &str, needed: u64, available: u64, hint: &str| ModelError::Budget { what: what.to_owned(), needed, available, hint: hint.to_owned() };
 
         let one = Chunks { mixer: chunk, moe: chunk };
         let resident_needs = fixed(one) + all_experts + kv_of(options.context.unwrap_or(limit.min(4096)));
@@ -207,11 +209,12 @@ impl MemoryPlan {
         };
         // When streaming, several chunks of a long prompt go through a layer before its experts are read again.
         let super_chunk = Chunks { mixer: chunk, moe: chunk * 4 };
-        let chunks = if residency == Residency::Streaming && options.chunk.is_none() && Workspace::<mach_backend::Reference>::bytes(spec, super_chunk) <= budget / 8 {
-            super_chunk
-        } else {
-            one
-        };
+        let chunks =
+            if residency == Residency::Streaming && options.chunk.is_none() && Workspace::<mach_backend::Reference>::bytes(spec, super_chunk) <= budget / 8 {
+                super_chunk
+            } else {
+                one
+            };
         let fixed = fixed(chunks);
         let least_bank = match (residency, options.bank) {
             (Residency::Resident, _) => all_experts,
@@ -239,7 +242,12 @@ impl MemoryPlan {
         let room = budget - fixed - least_bank;
         let context = match options.context {
             Some(context) if kv_of(context) > room => {
-                return Err(short(&format!("the KV cache of --ctx-size {context}"), kv_of(context), room, "use a smaller --ctx-size or a larger --memory-budget"));
+                return Err(short(
+                    &format!("the KV cache of --ctx-size {context}"),
+                    kv_of(context),
+                    room,
+                    "use a smaller --ctx-size or a larger --memory-budget",
+                ));
             }
             Some(context) => context,
             None if kv_block == 0 => max_context,

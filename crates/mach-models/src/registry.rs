@@ -3,11 +3,11 @@
 use mach_format::Checkpoint;
 use serde_json::Value;
 
+use crate::ModelError;
 use crate::config::Fields;
 use crate::families;
 use crate::spec::ModelSpec;
 use crate::tensors::WeightNames;
-use crate::ModelError;
 
 /// What mach knows of a family.
 pub struct MoeArchAdapter {

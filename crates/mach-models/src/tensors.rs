@@ -154,7 +154,12 @@ impl Resolved {
             // Some exports write the tied head a second time.
             Some(name) => r.matrix(name, spec.vocab, spec.hidden).map(|_| embed.clone())?,
             None if spec.tied => embed.clone(),
-            None => return Err(ModelError::MissingTensor { name: format!("{}.weight", names.heads[0]), hint: "tie_word_embeddings is false, so there must be a head".to_owned() }),
+            None => {
+                return Err(ModelError::MissingTensor {
+                    name: format!("{}.weight", names.heads[0]),
+                    hint: "tie_word_embeddings is false, so there must be a head".to_owned(),
+                });
+            }
         };
         let final_norm = r.vector(format!("{root}norm.weight"), spec.hidden)?;
         let mut layers = Vec::with_capacity(spec.layers.len());

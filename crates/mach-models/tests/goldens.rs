@@ -26,7 +26,12 @@ fn read(name: &str) -> Golden {
         t.data().chunks_exact(width).map(|b| [b[0], b[1], b[2], b[3]]).collect()
     };
     let ids = |key: &str| words(key).into_iter().map(u32::from_le_bytes).collect::<Vec<_>>();
-    Golden { input: ids("input_ids"), logits: words("logits").into_iter().map(f32::from_le_bytes).collect(), routes: ids("router_ids"), greedy: ids("greedy_tokens") }
+    Golden {
+        input: ids("input_ids"),
+        logits: words("logits").into_iter().map(f32::from_le_bytes).collect(),
+        routes: ids("router_ids"),
+        greedy: ids("greedy_tokens"),
+    }
 }
 
 /// Max |Δ| over the range of the reference logits.
@@ -56,7 +61,8 @@ fn check<B: Backend>(backend: Arc<B>, name: &str) {
     for _ in 0..g.greedy.len() {
         let start = seq.len();
         let n = tokens.len() - start;
-        let rows = (start..tokens.len()).map(|pos| Row { seq: 0, pos, token: tokens[pos], want: if pos + 1 == tokens.len() { Want::Logits } else { Want::Nothing } });
+        let rows =
+            (start..tokens.len()).map(|pos| Row { seq: 0, pos, token: tokens[pos], want: if pos + 1 == tokens.len() { Want::Logits } else { Want::Nothing } });
         model.forward(&mut [&mut seq], rows.collect(), None, &|| false, &mut |_, row| out = row.to_vec()).unwrap();
         seq.commit(n);
         tokens.push(arg_max(&out));

@@ -31,14 +31,8 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let hidden = c.size("hidden_size")?;
     let heads = c.size("num_attention_heads")?;
     let head_dim = c.size_or("head_dim", hidden / heads)?;
-    let attention = AttentionSpec {
-        heads,
-        kv_heads: c.size_or("num_key_value_heads", 4)?,
-        head_dim,
-        scale: (head_dim as f32).powf(-0.5),
-        window: None,
-        gate: false,
-    };
+    let attention =
+        AttentionSpec { heads, kv_heads: c.size_or("num_key_value_heads", 4)?, head_dim, scale: (head_dim as f32).powf(-0.5), window: None, gate: false };
     check_heads(c, &attention)?;
     c.only("hidden_act", &json!("silu"))?;
     c.only("attention_bias", &json!(false))?;

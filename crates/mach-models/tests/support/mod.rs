@@ -6,7 +6,7 @@ use std::sync::Arc;
 use mach_backend::Backend;
 use mach_format::Checkpoint;
 use mach_models::plan::{BankSize, Sizes};
-use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, Resolved, ResidencyChoice, RouteLog, Row, Want, open_experts};
+use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, ResidencyChoice, Resolved, RouteLog, Row, Want, open_experts};
 
 /// Folder of a golden set.
 pub fn golden(name: &str) -> PathBuf {
