@@ -19,6 +19,7 @@ pub const SETS: &[&str] = &["qwen3-base", "qwen3-dense-layers", "qwen3-mlx8", "q
 /// How to run.
 #[derive(Clone, Copy, Debug)]
 pub struct Run {
+    /// Share of the experts.
     pub bank: Option<f64>,
     pub resident: bool,
     pub chunk: Option<usize>,
@@ -37,9 +38,11 @@ pub fn load<B: Backend>(backend: Arc<B>, dir: &Path, run: Run) -> Model<B> {
     let slot_bytes = source.as_ref().map_or(0, |s| s.part_bytes().iter().map(|&b| b as u64).sum());
     let quantised = files.head_format().is_quantised();
     let sizes = Sizes { spec: files.spec(), resident_bytes: files.resident_bytes(), slot_bytes, quantised };
+    // Tiny sets have so few experts that a small share is below the floor: the floor itself then.
+    let floor = (2 * files.spec().top_k()) as f64 / files.spec().routed_experts() as f64;
     let options = PlanOptions {
         budget: None,
-        bank: run.bank.map(BankSize::Share),
+        bank: run.bank.map(|share| BankSize::Share(share.max(floor))),
         residency: if run.resident { ResidencyChoice::Resident } else { ResidencyChoice::Streaming },
         context: Some(512),
         kv: None,
