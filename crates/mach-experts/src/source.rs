@@ -153,11 +153,15 @@ impl RecordSource for CheckpointSource {
             gate.pack_into(a, 2 * tile)?;
             up.pack_into(&mut a[tile..], 2 * tile)?;
             bytes += gate.bytes() + up.bytes();
+            // The bank is the cache: pages of experts would only push others out.
+            gate.forget();
+            up.forget();
         }
         if part != Part::GateUp {
             let down = layer.down.expert(key.expert);
             down.pack_into(b, layout.down.tile_bytes())?;
             bytes += down.bytes();
+            down.forget();
         }
         Ok(bytes)
     }
