@@ -1,8 +1,7 @@
 //! Rates of the machine, measured: what memory and the drive can give.
 
 use std::hint::black_box;
-use std::sync::Barrier;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use mach_backend::Part;
@@ -10,29 +9,29 @@ use mach_experts::{Key, RecordSource};
 
 /// Streams that one thread reads at a time: one alone waits for the prefetcher of the processor.
 const STREAMS: usize = 4;
-/// Windows that a buffer is read in. The best window counts: on a busy machine some of them are not interrupted.
-const WINDOWS: usize = 4;
+/// Windows that a buffer is read in, and the times that all of it is read. The best window counts: on a busy machine some
+/// of them are not interrupted.
+const WINDOWS: usize = 8;
+const PASSES: usize = 4;
 
-/// Bytes per second that `threads` can read from memory together: each reads its own `bytes_each` three times.
+/// Bytes per second that `threads` can read from memory together, each from its own `bytes_each`.
 pub(crate) fn memory_rate(threads: usize, bytes_each: usize) -> f64 {
     let threads = threads.max(1);
-    let start = Barrier::new(threads);
-    let windows = |start: &Barrier| -> Vec<(Instant, Instant)> {
+    let arrived = AtomicUsize::new(0);
+    let windows = |arrived: &AtomicUsize| -> Vec<(Instant, Instant)> {
         let data = vec![1u64; bytes_each / 8];
         let window = (data.len() / WINDOWS).max(1);
-        let mut times = Vec::with_capacity(3 * WINDOWS);
-        for _ in 0..3 {
-            for part in data.chunks_exact(window).take(WINDOWS) {
-                start.wait();
-                let began = Instant::now();
-                black_box(sum(black_box(part)));
-                times.push((began, Instant::now()));
-            }
+        let mut times = Vec::with_capacity(PASSES * WINDOWS);
+        for part in (0..PASSES).flat_map(|_| data.chunks_exact(window).take(WINDOWS)) {
+            meet(arrived, threads * (times.len() + 1));
+            let began = Instant::now();
+            black_box(sum(black_box(part)));
+            times.push((began, Instant::now()));
         }
         times
     };
     let times: Vec<Vec<(Instant, Instant)>> = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| windows(&start))).collect();
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| windows(&arrived))).collect();
         workers.into_iter().filter_map(|w| w.join().ok()).collect()
     });
     let rate = |window: usize| {
@@ -41,7 +40,17 @@ pub(crate) fn memory_rate(threads: usize, bytes_each: usize) -> f64 {
         let seconds = first.zip(last).map_or(f64::INFINITY, |(first, last)| (last - first).as_secs_f64());
         (times.len() * (bytes_each / WINDOWS)) as f64 / seconds.max(1e-9)
     };
-    (0..3 * WINDOWS).map(rate).fold(0.0, f64::max)
+    (0..PASSES * WINDOWS).map(rate).fold(0.0, f64::max)
+}
+
+/// Waits until `all` arrivals, awake: a window is shorter than it takes to wake a thread up.
+fn meet(arrived: &AtomicUsize, all: usize) {
+    arrived.fetch_add(1, Ordering::Relaxed);
+    let mut spins = 0u32;
+    while arrived.load(Ordering::Relaxed) < all {
+        spins += 1;
+        if spins < 10_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
+    }
 }
 
 /// The sum of words, over several streams with several sums each, so that neither the latency of an addition nor that of

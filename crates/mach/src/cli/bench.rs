@@ -18,9 +18,10 @@ use crate::{BackendKind, Error, Prepared, system};
 
 /// Memory that one thread reads to find the ceiling.
 const MEMORY_EACH: u64 = 256 << 20;
-/// Reads under way that the drive is probed with, and the time of each probe.
+/// Reads under way that the drive is probed with, the probes at each and the time of one; the best counts.
 const DEPTHS: [usize; 4] = [1, 2, 4, 8];
-const PROBE: Duration = Duration::from_millis(250);
+const PROBES: usize = 3;
+const PROBE: Duration = Duration::from_millis(120);
 /// Tokens before a decode is timed: at least, and at most where the bank is not full before.
 const WARM_UP: [usize; 2] = [8, 256];
 
@@ -137,7 +138,7 @@ fn ceilings(prepared: &Prepared, int8: Option<f64>) -> Ceilings {
     let threads = prepared.threads();
     let each = MEMORY_EACH.min(system::available_memory() / 8 / threads.max(1) as u64);
     let probe = |depth: &usize| prepared.source.as_ref().and_then(|s| disk_rate(&**s, *depth, PROBE));
-    let disk = DEPTHS.iter().filter_map(probe).fold(None, |best: Option<f64>, rate| Some(best.map_or(rate, |b| b.max(rate))));
+    let disk = (0..PROBES).flat_map(|_| &DEPTHS).filter_map(probe).fold(None, |best: Option<f64>, rate| Some(best.map_or(rate, |b| b.max(rate))));
     Ceilings { memory: memory_rate(threads, each as usize), disk, int8 }
 }
 
