@@ -13,6 +13,7 @@ mod locate;
 mod rates;
 pub mod synthetic;
 pub mod system;
+mod units;
 
 pub use error::Error;
 pub use load::{BackendKind, LoadOptions, Loaded, Prepared, Progress, load, load_moe, load_with, prepare};

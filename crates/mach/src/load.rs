@@ -14,6 +14,7 @@ use mach_session::{Session, TextModel};
 
 use crate::estimate::{Estimate, estimate};
 use crate::locate::{ModelPath, locate};
+use crate::units::{seconds, size};
 use crate::{Error, system};
 
 /// What computes.
@@ -199,17 +200,16 @@ impl Prepared {
         } else {
             "every miss is one direct read instead of nine through the page cache, without repacking".to_owned()
         };
-        let gib = |b: u64| b as f64 / (1u64 << 30) as f64;
         // Reading the source and writing the result at about half a gigabyte a second.
-        let minutes = (now + bytes) as f64 / 0.5e9 / 60.0;
+        let time = seconds((now + bytes) as f64 / 0.5e9);
         let room = match mach_format::free_space(dir) {
-            Ok(free) if free < bytes => format!("; only {:.1} GiB are free there, so give --out a folder on another drive", gib(free)),
+            Ok(free) if free < bytes => format!("; only {} are free there, so give --out a folder on another drive", size(free)),
             _ => String::new(),
         };
         let model = dir.display();
         Some(format!(
-            "experts stream from the checkpoint itself; `mach artifacts build {model}{flags}` writes a sidecar: {wins}. It takes {:.1} GiB of disk and about {minutes:.0} min{room}",
-            gib(bytes)
+            "experts stream from the checkpoint itself; `mach artifacts build {model}{flags}` writes a sidecar: {wins}. It takes {} of disk and about {time}{room}",
+            size(bytes)
         ))
     }
 

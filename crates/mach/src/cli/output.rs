@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::Error;
+pub(super) use crate::units::{seconds, size};
 
 /// Writes to stdout and flushes. A reader that went away ends the program quietly.
 pub(super) fn print(text: &str) {
@@ -52,23 +53,6 @@ pub(super) fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(2)
 }
 
-/// `17.3 GiB`.
-pub(super) fn size(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < units.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units[unit]) }
-}
-
-/// `41.2 s`, `3 min 20 s`.
-pub(super) fn seconds(s: f64) -> String {
-    if s < 90.0 { format!("{s:.1} s") } else { format!("{} min {:.0} s", (s / 60.0) as u64, s % 60.0) }
-}
-
 /// Whether stderr shows escape sequences: a terminal, and NO_COLOR not set.
 pub(super) fn fancy() -> bool {
     io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
@@ -109,17 +93,5 @@ impl ProgressLine {
         if let Some(last) = last {
             eprintln!("{last}");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Protects what people read: binary units, one decimal.
-    #[test]
-    fn sizes_and_durations() {
-        assert_eq!([size(512), size(1536), size(18_612_000_000)], ["512 B", "1.5 KiB", "17.3 GiB"]);
-        assert_eq!([seconds(1.26), seconds(200.0)], ["1.3 s", "3 min 20 s"]);
     }
 }
