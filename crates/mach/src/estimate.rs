@@ -20,13 +20,13 @@ pub struct Estimate {
 }
 
 /// Time that the drive is probed, and the reads under way meanwhile.
-const PROBE: Duration = Duration::from_millis(60);
+const PROBE: Duration = Duration::from_millis(20);
 const DEPTH: usize = 4;
 /// Memory that all threads together read, and the most for one of them: beyond the caches, and a small part of any budget.
 const MEMORY: usize = 128 << 20;
 const MEMORY_EACH: usize = 32 << 20;
 
-/// Measures for about a tenth of a second and computes.
+/// Measures for less than a tenth of a second and computes.
 pub fn estimate(plan: &MemoryPlan, source: Option<&Arc<dyn RecordSource>>, threads: usize) -> Estimate {
     let memory = memory_rate(threads, (MEMORY / threads.max(1)).min(MEMORY_EACH));
     let active = plan.working_set as f64 * plan.slot_bytes as f64;
