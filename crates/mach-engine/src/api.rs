@@ -79,7 +79,7 @@ pub struct Request {
     pub want_logits: bool,
 }
 
-/// Cancels a request: seen within one token of decode, one expert of a prefill.
+/// Cancels a request: seen after the current token of a decode, within one expert of a prefill.
 #[derive(Clone, Debug, Default)]
 pub struct CancelToken(Arc<AtomicBool>);
 

@@ -175,10 +175,8 @@ impl<B: Backend> Engine<B> {
                 return Ok(FinishReason::Cancelled);
             }
             let row = Row { seq: 0, pos: warm.seq.len(), token: id, want: Want::Logits };
-            match self.pass(warm, vec![row], cancel, &mut |_| {}) {
-                Err(e) if e.is_cancelled() => return Ok(FinishReason::Cancelled),
-                other => logits = other?,
-            }
+            // A token that was begun is finished, so that the sequence stays whole and warm.
+            logits = self.pass(warm, vec![row], &CancelToken::new(), &mut |_| {})?;
             warm.seq.commit(1);
             warm.tokens.push(id);
             receipt.decode_steps += 1;

@@ -8,7 +8,7 @@ use mach_cpu::{Cpu, CpuOptions};
 use mach_engine::{EngineHandle, EngineInfo, Event, FinishReason, Receipt, Request, RowPolicy, Sampling, SubmitError, Verdict};
 use mach_format::Checkpoint;
 use mach_models::plan::Sizes;
-use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, Resolved, ResidencyChoice, open_experts};
+use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, ResidencyChoice, Resolved, open_experts};
 
 fn engine(set: &str, context: usize) -> EngineHandle {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mach-models/tests/goldens").join(set);
@@ -159,6 +159,13 @@ fn cancelled_requests_stop_and_leave_no_trace() {
     let (tokens, reason, _) = collect(&waiting_events);
     assert_eq!((tokens.len(), reason), (0, FinishReason::Cancelled));
     assert_eq!(collect(&last_events).0, expected);
+    // What was computed before a cancellation stays warm.
+    let (cancel, events) = engine.submit_channel(request(&prompt(50), 3000)).unwrap();
+    let tokens: Vec<u32> = events.iter().filter_map(|e| if let Event::Token { id, .. } = e { Some(id) } else { None }).take(5).collect();
+    cancel.cancel();
+    collect(&events);
+    let (_, _, receipt) = run(&engine, request(&[prompt(50), tokens, vec![3]].concat(), 2));
+    assert!(receipt.cached_tokens >= 50, "{}", receipt.cached_tokens);
     // In the middle of a long prefill.
     let (cancel, events) = engine.submit_channel(request(&prompt(3000), 5)).unwrap();
     assert!(events.iter().any(|e| matches!(e, Event::Prefill { done, .. } if done > 0)));
@@ -166,7 +173,7 @@ fn cancelled_requests_stop_and_leave_no_trace() {
     assert_eq!(collect(&events).1, FinishReason::Cancelled);
     assert_eq!(run(&engine, request(&prompt(30), 8)).0, expected);
     let stats = engine.stats();
-    assert_eq!((stats.running, stats.queued, stats.cancelled, stats.failed), (0, 0, 3, 0));
+    assert_eq!((stats.running, stats.queued, stats.cancelled, stats.failed), (0, 0, 4, 0));
 }
 
 /// Protects the queue: first in, first out, and bounded.
@@ -184,7 +191,7 @@ fn requests_are_served_in_turn_and_the_queue_is_bounded() {
         let index = taken;
         let sink = Box::new(move |event: Event| {
             if matches!(event, Event::Finished { .. }) {
-                drop(tx.send(index));
+                let _ = tx.send(index);
             }
         });
         match engine.submit(request(&prompt(3), 1), sink) {

@@ -234,7 +234,10 @@ impl Prepared {
             ("ctx", plan.context.to_string()),
             ("fallback_policy", "fail-fast".to_owned()),
         ];
-        pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
+        // Vision towers and draft heads that the checkpoint carries.
+        let unused = self.files.unused().len();
+        let unused = (unused > 0).then(|| ("unused_tensors", unused.to_string()));
+        pairs.into_iter().chain(unused).map(|(k, v)| (k.to_owned(), v)).collect()
     }
 
     /// Reads the weights and starts the engine thread on the backend that was asked for.

@@ -81,7 +81,7 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
             TextEvent::Finished { reason, receipt, .. } => {
                 progress.end(None);
                 let ttft_ms = ttft_ms.unwrap_or_else(|| began.elapsed().as_secs_f64() * 1e3);
-                return out.finish(reason, &receipt, loaded.load_ms, ttft_ms, loaded.plan.residency == mach_experts::Residency::Resident);
+                return out.finish(reason, &receipt, &loaded, ttft_ms);
             }
             TextEvent::Failed { code, message } => {
                 progress.end(None);
@@ -179,7 +179,8 @@ impl Output<'_> {
         }
     }
 
-    fn finish(self, reason: FinishReason, r: &Receipt, load_ms: f64, ttft_ms: f64, resident: bool) -> Result<(), Error> {
+    fn finish(self, reason: FinishReason, r: &Receipt, loaded: &Loaded, ttft_ms: f64) -> Result<(), Error> {
+        let resident = loaded.plan.residency == mach_experts::Residency::Resident;
         if !self.args.json {
             output::line("");
         }
@@ -198,8 +199,8 @@ impl Output<'_> {
                 "finish_reason": finish_name(reason),
                 "usage": {"prompt_tokens": r.prompt_tokens, "completion_tokens": r.completion_tokens, "cached_tokens": r.cached_tokens},
                 "stats": {
-                    "load_ms": load_ms, "ttft_ms": ttft_ms, "prefill_tok_s": prefill, "decode_tok_s": decode, "hit_rate": hit_rate,
-                    "hits": r.hits, "misses": r.misses, "bytes_read": r.bytes_read, "stall_ms": r.stall_ms, "peak_rss": peak,
+                    "load_ms": loaded.load_ms, "ttft_ms": ttft_ms, "prefill_tok_s": prefill, "decode_tok_s": decode, "hit_rate": hit_rate,
+                    "slots": loaded.engine.stats().slots, "experts": loaded.plan.experts, "hits": r.hits, "misses": r.misses, "bytes_read": r.bytes_read, "stall_ms": r.stall_ms, "peak_rss": peak,
                 },
             }));
         }
