@@ -48,13 +48,18 @@ impl<B: Backend> Moe<B> {
             log.layers[self.index].0.extend_from_slice(&ws.ids);
             log.layers[self.index].1.extend_from_slice(&ws.weights);
         }
-        let groups = Groups::new(&ws.ids, self.spec.router.top_k, self.spec.router.experts);
         let record = store.layout(self.index);
-        let layout = ExpertLayout { gate_up: record.gate_up, down: record.down, activation: self.spec.activation };
+        let step = Step {
+            backend,
+            rows,
+            groups: Groups::new(&ws.ids, self.spec.router.top_k, self.spec.router.experts),
+            layout: ExpertLayout { gate_up: record.gate_up, down: record.down, activation: self.spec.activation },
+            cancelled,
+        };
         if rows <= DECODE_ROWS {
-            self.decode(backend, ws, rows, &groups, &layout, store, cancelled)?;
+            self.decode(&step, ws, store)?
         } else {
-            self.prefill(backend, ws, rows, &groups, &layout, store, cancelled)?;
+            self.prefill(&step, ws, store)?
         }
         if let Some(shared) = &self.shared {
             shared.add(backend, &ws.h, rows, &mut ws.act, &mut ws.out);
@@ -63,17 +68,8 @@ impl<B: Backend> Moe<B> {
     }
 
     /// Few rows: hits first, misses as they arrive, outputs buffered so that the order of arrival does not matter.
-    #[allow(clippy::too_many_arguments)]
-    fn decode(
-        &self,
-        backend: &B,
-        ws: &mut Workspace<B>,
-        rows: usize,
-        groups: &Groups,
-        layout: &ExpertLayout,
-        store: &mut ExpertStore<B::Memory>,
-        cancelled: &dyn Fn() -> bool,
-    ) -> Result<(), ModelError> {
+    fn decode(&self, step: &Step<'_, B>, ws: &mut Workspace<B>, store: &mut ExpertStore<B::Memory>) -> Result<(), ModelError> {
+        let Step { backend, rows, groups, layout, cancelled } = step;
         let k = self.spec.router.top_k;
         backend.reshape(&mut ws.act, rows * k, self.spec.inner);
         let memory = store.memory().clone();
@@ -96,26 +92,17 @@ impl<B: Backend> Moe<B> {
         let mut order: Vec<u32> = (0..(rows * k) as u32).collect();
         order.chunks_exact_mut(k).for_each(|row| row.sort_unstable_by_key(|&at| ws.ids[at as usize]));
         let weights: Vec<f32> = order.iter().map(|&at| ws.weights[at as usize]).collect();
-        backend.experts_reduce(&ws.y, rows, &order, &weights, &mut ws.out);
+        backend.experts_reduce(&ws.y, *rows, &order, &weights, &mut ws.out);
         Ok(())
     }
 
     /// Many rows: expert by expert in ascending id, added in place.
-    #[allow(clippy::too_many_arguments)]
-    fn prefill(
-        &self,
-        backend: &B,
-        ws: &mut Workspace<B>,
-        rows: usize,
-        groups: &Groups,
-        layout: &ExpertLayout,
-        store: &mut ExpertStore<B::Memory>,
-        cancelled: &dyn Fn() -> bool,
-    ) -> Result<(), ModelError> {
-        backend.zero(&mut ws.out, rows);
-        backend.reshape(&mut ws.act, rows, self.spec.inner);
+    fn prefill(&self, step: &Step<'_, B>, ws: &mut Workspace<B>, store: &mut ExpertStore<B::Memory>) -> Result<(), ModelError> {
+        let Step { backend, rows, groups, layout, cancelled } = step;
+        backend.zero(&mut ws.out, *rows);
+        backend.reshape(&mut ws.act, *rows, self.spec.inner);
         let memory = store.memory().clone();
-        let local: Vec<u32> = (0..rows as u32).collect();
+        let local: Vec<u32> = (0..*rows as u32).collect();
         let mut lease = store.stream(self.index, &groups.experts);
         while let Some(batch) = lease.next(cancelled)? {
             for ready in batch {
@@ -128,6 +115,15 @@ impl<B: Backend> Moe<B> {
         }
         Ok(())
     }
+}
+
+/// What both ways through a layer's experts need.
+struct Step<'a, B: Backend> {
+    backend: &'a B,
+    rows: usize,
+    groups: Groups,
+    layout: ExpertLayout,
+    cancelled: &'a dyn Fn() -> bool,
 }
 
 /// Rows of a step by expert.
