@@ -161,9 +161,9 @@ fn cancelled_requests_stop_and_leave_no_trace() {
     assert_eq!(collect(&last_events).0, expected);
     // What was computed before a cancellation stays warm.
     let (cancel, events) = engine.submit_channel(request(&prompt(50), 3000)).unwrap();
-    let tokens: Vec<u32> = events.iter().filter_map(|e| if let Event::Token { id, .. } = e { Some(id) } else { None }).take(5).collect();
+    let mut tokens: Vec<u32> = events.iter().filter_map(|e| if let Event::Token { id, .. } = e { Some(id) } else { None }).take(5).collect();
     cancel.cancel();
-    collect(&events);
+    tokens.extend(collect(&events).0);
     let (_, _, receipt) = run(&engine, request(&[prompt(50), tokens, vec![3]].concat(), 2));
     assert!(receipt.cached_tokens >= 50, "{}", receipt.cached_tokens);
     // In the middle of a long prefill.
