@@ -28,22 +28,12 @@ pub struct ServerConfig {
     pub alias: Option<String>,
     /// Silence in a stream after which a comment is sent.
     pub keep_alive: Duration,
-    /// Drain on Ctrl-C and SIGTERM.
-    pub handle_signals: bool,
 }
 
 impl ServerConfig {
     /// Loopback, port 8080, no key.
     pub fn new(model_id: impl Into<String>) -> Self {
-        Self {
-            host: "127.0.0.1".to_owned(),
-            port: 8080,
-            api_keys: Vec::new(),
-            model_id: model_id.into(),
-            alias: None,
-            keep_alive: Duration::from_secs(5),
-            handle_signals: true,
-        }
+        Self { host: "127.0.0.1".to_owned(), port: 8080, api_keys: Vec::new(), model_id: model_id.into(), alias: None, keep_alive: Duration::from_secs(5) }
     }
 }
 
@@ -80,7 +70,7 @@ impl ServerError {
 pub enum Ended {
     /// Every request was answered.
     Drained,
-    /// A second signal (or [`ShutdownHandle::abort`]) cut requests off.
+    /// [`ShutdownHandle::abort`] cut requests off.
     Aborted,
 }
 
@@ -129,10 +119,9 @@ pub struct Server {
     addr: SocketAddr,
     router: Router,
     phase: watch::Sender<Phase>,
-    handle_signals: bool,
 }
 
-/// Ends a server from another thread.
+/// Ends a server from another thread, such as one that watches signals.
 #[derive(Clone)]
 pub struct ShutdownHandle(watch::Sender<Phase>);
 
@@ -174,9 +163,8 @@ impl Server {
             Ok((listener.local_addr()?, listener))
         };
         let (addr, listener) = bind().map_err(|source| ServerError::Bind { host: config.host.clone(), port: config.port, source })?;
-        let handle_signals = config.handle_signals;
         let app = App(Arc::new(AppState { session, loopback: addr.ip().is_loopback(), started: Instant::now(), started_unix: unix_time(), config }));
-        Ok(Self { listener, addr, router: router(app), phase: watch::Sender::new(Phase::Serving), handle_signals })
+        Ok(Self { listener, addr, router: router(app), phase: watch::Sender::new(Phase::Serving) })
     }
 
     /// The address, with the port that was picked.
@@ -194,7 +182,7 @@ impl Server {
         ShutdownHandle(self.phase.clone())
     }
 
-    /// Serves until the first signal and all answers after it, or the second signal. Owns its runtime; call it from a plain thread.
+    /// Serves until a [`ShutdownHandle`] ends it. Owns its runtime; call it from a plain thread.
     ///
     /// # Errors
     /// [`ServerError::Io`].
@@ -207,10 +195,7 @@ impl Server {
     }
 
     async fn serve(self) -> Result<Ended, ServerError> {
-        let Self { listener, router, phase, handle_signals, .. } = self;
-        if handle_signals {
-            tokio::spawn(watch_signals(phase.clone()));
-        }
+        let Self { listener, router, phase, .. } = self;
         let listener = tokio::net::TcpListener::from_std(listener)?.tap_io(|stream| {
             // Tokens are small packets: without this they arrive in bursts.
             if let Err(e) = stream.set_nodelay(true) {
@@ -224,36 +209,6 @@ impl Server {
             () = reached(phase.subscribe(), Phase::Aborting) => Ok(Ended::Aborted),
         }
     }
-}
-
-/// The first signal drains, the second aborts.
-async fn watch_signals(phase: watch::Sender<Phase>) {
-    if let Err(e) = raise_on_signals(&phase).await {
-        tracing::warn!("signals cannot be handled: {e}");
-    }
-}
-
-#[cfg(unix)]
-async fn raise_on_signals(phase: &watch::Sender<Phase>) -> std::io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    for next in [Phase::Draining, Phase::Aborting] {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-        raise(phase, next);
-    }
-    Ok(())
-}
-
-#[cfg(not(unix))]
-async fn raise_on_signals(phase: &watch::Sender<Phase>) -> std::io::Result<()> {
-    for next in [Phase::Draining, Phase::Aborting] {
-        tokio::signal::ctrl_c().await?;
-        raise(phase, next);
-    }
-    Ok(())
 }
 
 fn router(app: App) -> Router {

@@ -231,7 +231,7 @@ fn transport_errors_have_the_shape() {
     let mut stream = std::net::TcpStream::connect(server.addr).unwrap();
     let head = format!("POST {CHAT} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", server.addr, 65 << 20);
     std::io::Write::write_all(&mut stream, head.as_bytes()).unwrap();
-    let answer = Answer::read(stream);
+    let answer = Answer::read(&mut BufReader::new(stream));
     assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (413, Some("request_too_large")));
 }
 
@@ -346,7 +346,7 @@ fn long_prefills_send_comments() {
     let server = Fixture::with(|c| c.keep_alive = Duration::from_millis(40));
     let stream = server.send("POST", CHAT, &[], &json!({"messages": user("PREFILL"), "stream": true}).to_string());
     let mut reader = BufReader::new(stream);
-    let (status, _) = common::read_head(&mut reader);
+    let (status, _) = common::http::read_head(&mut reader);
     assert_eq!(status, 200);
     let mut progress = Vec::new();
     for line in reader.lines() {
@@ -411,7 +411,7 @@ fn shutdown_drains_and_abort_does_not_wait() {
         server.send("POST", CHAT, &[], &json!({"messages": user("LONG"), "max_tokens": 60, "temperature": 0, "ignore_eos": true, "stream": true}).to_string());
     server.wait_for("it runs", |s| s.generated_tokens > 2);
     server.shutdown.drain();
-    let answer = Answer::read(stream);
+    let answer = Answer::read(&mut BufReader::new(stream));
     assert_eq!(answer.events().last(), Some(&json!("[DONE]")));
     let addr = server.addr;
     assert_eq!(server.join(), Ended::Drained);

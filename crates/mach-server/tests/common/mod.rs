@@ -1,7 +1,10 @@
-//! A server in this process whose engine is a script, and a plain HTTP client.
+//! A server in this process whose engine is a script.
 #![allow(dead_code)]
 
-use std::io::{BufRead, BufReader, Read, Write};
+pub mod http;
+pub mod sdk;
+
+use std::io::BufReader;
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,6 +15,8 @@ use mach_engine::{EngineHandle, EngineInfo, Event, FinishReason, Receipt, Shared
 use mach_server::{Ended, Server, ServerConfig, ServerError, ShutdownHandle};
 use mach_session::{Session, TextModel};
 use serde_json::Value;
+
+pub use http::Answer;
 
 pub const CONTEXT: usize = 512;
 
@@ -139,7 +144,6 @@ impl Fixture {
     pub fn serve(session: Session, configure: impl FnOnce(&mut ServerConfig)) -> Self {
         let mut config = ServerConfig::new("org/tiny");
         config.port = 0;
-        config.handle_signals = false;
         configure(&mut config);
         let server = Server::bind(config, session.clone()).unwrap();
         let (addr, shutdown) = (server.local_addr(), server.shutdown_handle());
@@ -157,21 +161,13 @@ impl Fixture {
 
     /// Opens a connection and sends a request.
     pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> TcpStream {
-        let mut stream = TcpStream::connect(self.addr).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let mut head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
-        if !headers.iter().any(|(k, _)| k.eq_ignore_ascii_case("host")) {
-            head.push_str(&format!("Host: {}\r\n", self.addr));
-        }
-        for (key, value) in headers {
-            head.push_str(&format!("{key}: {value}\r\n"));
-        }
-        stream.write_all(format!("{head}\r\n{body}").as_bytes()).unwrap();
+        let mut stream = http::connect(self.addr);
+        http::send(&mut stream, method, path, &[&[("Connection", "close")], headers].concat(), body);
         stream
     }
 
     pub fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-        Answer::read(self.send(method, path, headers, body))
+        Answer::read(&mut BufReader::new(self.send(method, path, headers, body)))
     }
 
     pub fn get(&self, path: &str) -> Answer {
@@ -199,63 +195,4 @@ impl Drop for Fixture {
             let _ = thread.join();
         }
     }
-}
-
-/// A whole HTTP answer.
-#[derive(Debug)]
-pub struct Answer {
-    pub status: u16,
-    pub headers: Vec<(String, String)>,
-    pub body: String,
-}
-
-impl Answer {
-    pub fn read(stream: TcpStream) -> Self {
-        let mut reader = BufReader::new(stream);
-        let (status, headers) = read_head(&mut reader);
-        let mut bytes = Vec::new();
-        reader.read_to_end(&mut bytes).unwrap();
-        let chunked = headers.iter().any(|(k, v)| k == "transfer-encoding" && v == "chunked");
-        let body = if chunked { unchunk(&bytes) } else { bytes };
-        Self { status, headers, body: String::from_utf8(body).unwrap() }
-    }
-
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(k, _)| k == name).map(|(_, v)| v.as_str())
-    }
-
-    pub fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
-    }
-
-    /// The events of a stream; the closing mark is a string.
-    pub fn events(&self) -> Vec<Value> {
-        let data = self.body.split("\n\n").filter_map(|event| event.strip_prefix("data: "));
-        data.map(|d| if d == "[DONE]" { Value::from(d) } else { serde_json::from_str(d).unwrap() }).collect()
-    }
-}
-
-pub fn read_head(reader: &mut BufReader<TcpStream>) -> (u16, Vec<(String, String)>) {
-    let mut line = String::new();
-    reader.read_line(&mut line).unwrap();
-    let status = line.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or_else(|| panic!("no status in {line:?}"));
-    let mut headers = Vec::new();
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).unwrap();
-        match line.trim_end().split_once(": ") {
-            Some((key, value)) => headers.push((key.to_lowercase(), value.to_owned())),
-            None => return (status, headers),
-        }
-    }
-}
-
-fn unchunk(mut bytes: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    while let Some(at) = bytes.windows(2).position(|w| w == b"\r\n") {
-        let size = usize::from_str_radix(std::str::from_utf8(&bytes[..at]).unwrap(), 16).unwrap();
-        out.extend_from_slice(&bytes[at + 2..at + 2 + size]);
-        bytes = &bytes[at + 4 + size..];
-    }
-    out
 }

@@ -1,9 +1,9 @@
 //! `mach serve`: the HTTP server.
 
-use mach_server::{Ended, Server, ServerConfig};
+use mach_server::{Server, ServerConfig};
 use serde_json::json;
 
-use super::args::EngineArgs;
+use super::args::{EngineArgs, on_interrupt};
 use super::output;
 use crate::Error;
 
@@ -40,15 +40,15 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
     config.api_keys = args.api_key;
     let server = Server::bind(config, loaded.session()?).map_err(server_error)?;
     let url = server.url();
+    // Before anybody is told that it listens: the first signal lets running requests finish, the second ends at once.
+    let shutdown = server.shutdown_handle();
+    on_interrupt(move || shutdown.drain())?;
     eprintln!("listening on {url} (OpenAI API at {url}/v1)");
     if args.ready_json {
         output::json_line(&json!({"event": "ready", "url": url}));
     }
-    // The first signal lets running requests finish, the second ends at once.
-    match server.run().map_err(server_error)? {
-        Ended::Drained => Ok(()),
-        Ended::Aborted => std::process::exit(130),
-    }
+    server.run().map_err(server_error)?;
+    Ok(())
 }
 
 fn server_error(e: mach_server::ServerError) -> Error {
