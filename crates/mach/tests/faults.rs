@@ -2,13 +2,11 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
-use std::time::Duration;
+use std::process::Stdio;
 
-use serde_json::{Value, json};
+use serde_json::json;
+use support::server::{CHAT, Server};
 use support::{arg, command, copy, edit_json, flip, mach, plain, tiny};
 
 fn generate(dir: &Path, flags: &[&str]) -> support::Ran {
@@ -65,7 +63,17 @@ fn damaged_checkpoints_are_named() {
 fn a_flipped_byte_in_a_record_is_found() {
     let dir = broken(&tiny(), |d| flip(&layer_file(d, 3), 7000));
     generate(dir.path(), &["--no-streaming"]).failed_with("expert-checksum");
-    let ran = mach(&["generate", "Tell me a story about a fox and a bear and a bird.", "--model", arg(dir.path()), "--streaming", "--bank", "20%", "--temperature", "0"]);
+    let ran = mach(&[
+        "generate",
+        "Tell me a story about a fox and a bear and a bird.",
+        "--model",
+        arg(dir.path()),
+        "--streaming",
+        "--bank",
+        "20%",
+        "--temperature",
+        "0",
+    ]);
     assert!(ran.failed_with("expert-checksum").err.contains("layer 3"), "{}", ran.err);
     let ran = mach(&["artifacts", "verify", arg(dir.path()), "--json"]);
     assert!(ran.code == 1 && ran.err.contains("layer 3"), "{}", ran.err);
@@ -75,11 +83,14 @@ fn a_flipped_byte_in_a_record_is_found() {
 /// A sidecar of another checkpoint with the same shapes is refused.
 #[test]
 fn a_sidecar_of_another_checkpoint_is_refused() {
-    let (a, b) = (broken(&plain(), |_| {}), broken(&plain(), |d| {
-        let shard = d.join("model-00001-of-00002.safetensors");
-        let len = std::fs::metadata(&shard).unwrap().len() as usize;
-        flip(&shard, len - 1000);
-    }));
+    let (a, b) = (
+        broken(&plain(), |_| {}),
+        broken(&plain(), |d| {
+            let shard = d.join("model-00001-of-00002.safetensors");
+            let len = std::fs::metadata(&shard).unwrap().len() as usize;
+            flip(&shard, len - 1000);
+        }),
+    );
     assert_eq!(mach(&["artifacts", "build", arg(a.path()), "--json"]).code, 0);
     assert_eq!(generate(a.path(), &["--streaming"]).code, 0);
     let sidecar = a.path().join("expert_sidecar");
@@ -123,45 +134,6 @@ fn a_killed_build_resumes() {
     assert_eq!(mach(&["artifacts", "build", arg(dir.path()), "--bits", "8", "--group-size", "32", "--out", arg(&out), "--json"]).code, 1);
 }
 
-struct Server {
-    child: Child,
-    address: String,
-}
-
-impl Server {
-    fn start(args: &[&str]) -> Self {
-        let all = [&["serve", "--port", "0", "--ready-json"][..], args].concat();
-        let mut child = command(&all).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let ready: Value = serde_json::from_str(&line).unwrap();
-        assert_eq!(ready["event"], "ready");
-        let address = ready["url"].as_str().unwrap().trim_start_matches("http://").to_owned();
-        Self { child, address }
-    }
-
-    /// Status and body.
-    fn request(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let head = format!("{method} {path} HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", self.address, body.len());
-        stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
-        let mut reply = String::new();
-        stream.read_to_string(&mut reply).unwrap();
-        let status = reply.split_whitespace().nth(1).unwrap().parse().unwrap();
-        let body = reply.split_once("\r\n\r\n").map(|(_, b)| b).unwrap_or_default();
-        let json = &body[body.find('{').unwrap_or(0)..body.rfind('}').map_or(0, |i| i + 1)];
-        (status, serde_json::from_str(json).unwrap_or(Value::Null))
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
 /// A bad record while serving fails the request that meets it; the server answers the next one.
 #[test]
 fn a_bad_record_while_serving_fails_one_request() {
@@ -169,9 +141,9 @@ fn a_bad_record_while_serving_fails_one_request() {
     let server = Server::start(&[arg(dir.path()), "--streaming", "--bank", "8%"]);
     let ask = |text: &str| {
         let body = json!({"model": "m", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 24});
-        server.request("POST", "/v1/chat/completions", &body.to_string())
+        server.post(CHAT, &body)
     };
-    assert_eq!(ask("What is the capital of France?").0, 200);
+    assert_eq!(ask("What is the capital of France?").status, 200);
     // Every record of one layer rots behind the server's back.
     let layer = layer_file(dir.path(), 5);
     let good = std::fs::read(&layer).unwrap();
@@ -181,11 +153,11 @@ fn a_bad_record_while_serving_fails_one_request() {
         std::fs::OpenOptions::new().write(true).open(&layer).unwrap().write_all_at(bytes, 0).unwrap();
     };
     overwrite(&rotten);
-    let (status, body) = ask("Tell me a long story about a fox, a bear and a bird.");
-    assert_eq!(status, 500, "{body}");
-    assert!(body["error"]["message"].as_str().unwrap().contains("checksum"), "{body}");
+    let answer = ask("Tell me a long story about a fox, a bear and a bird.");
+    assert_eq!(answer.status, 500, "{answer:?}");
+    assert!(answer.json()["error"]["message"].as_str().unwrap().contains("checksum"), "{answer:?}");
     overwrite(&good);
-    assert_eq!(ask("Tell me a long story about a fox, a bear and a bird.").0, 200);
-    let (_, stats) = server.request("GET", "/v1/stats", "");
+    assert_eq!(ask("Tell me a long story about a fox, a bear and a bird.").status, 200);
+    let stats = server.stats();
     assert!(stats["io"]["errors"].as_u64().unwrap() > 0, "{stats}");
 }
