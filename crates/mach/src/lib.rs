@@ -17,8 +17,8 @@ mod units;
 
 pub use error::Error;
 pub use load::{BackendKind, LoadOptions, Loaded, Prepared, Progress, load, load_moe, load_with, prepare};
-pub use mach_models::plan::BankSize;
 pub use locate::{ModelPath, hub_cache, installed, locate};
 pub use mach_engine as engine;
 pub use mach_models as models;
+pub use mach_models::plan::BankSize;
 pub use mach_session as session;

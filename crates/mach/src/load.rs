@@ -9,7 +9,7 @@ use mach_engine::{EngineHandle, EngineInfo};
 use mach_experts::{RecordSource, Residency};
 use mach_format::Checkpoint;
 use mach_models::plan::{BankSize, Sizes};
-use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, Resolved, ResidencyChoice, open_experts};
+use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, ResidencyChoice, Resolved, open_experts};
 use mach_session::{Session, TextModel};
 
 use crate::estimate::{Estimate, estimate};
@@ -258,7 +258,8 @@ impl Prepared {
             context_train: self.files.spec().max_positions,
             vocab: self.files.spec().vocab,
             parameters: self.files.parameters(),
-            weight_bytes: self.files.checkpoint().total_bytes() + if self.files.experts().is_none() { self.plan.experts as u64 * self.plan.slot_bytes } else { 0 },
+            weight_bytes: self.files.checkpoint().total_bytes()
+                + if self.files.experts().is_none() { self.plan.experts as u64 * self.plan.slot_bytes } else { 0 },
             signals: self.signals(&*backend),
         };
         let model = self.load(backend, progress)?;
@@ -312,14 +313,7 @@ pub fn load_with(prepared: &Prepared, progress: Progress<'_>) -> Result<Loaded, 
     let text = has_text.then(|| TextModel::open(&prepared.path.dir)).transpose()?.map(Arc::new);
     let estimate = prepared.estimate();
     let engine = prepared.start(progress)?;
-    Ok(Loaded {
-        engine,
-        text,
-        plan: prepared.plan.clone(),
-        load_ms: began.elapsed().as_secs_f64() * 1e3,
-        estimate,
-        path: prepared.path.clone(),
-    })
+    Ok(Loaded { engine, text, plan: prepared.plan.clone(), load_ms: began.elapsed().as_secs_f64() * 1e3, estimate, path: prepared.path.clone() })
 }
 
 /// Loads a model without its text side: token ids in, token ids out.

@@ -80,7 +80,8 @@ fn generate_and_eval_agree_byte_for_byte() {
     let prompt: Vec<u32> = (100..140).collect();
     std::fs::write(at("prompt.json"), json!(prompt).to_string()).unwrap();
     let (prompt_file, logits_file) = (at("prompt.json"), at("g"));
-    let generated = mach(&["generate", "--tokens", arg(&prompt_file), "-n", "64", "--ignore-eos", "--temperature", "0", "--logits", arg(&logits_file), "--json"]).json();
+    let generated =
+        mach(&["generate", "--tokens", arg(&prompt_file), "-n", "64", "--ignore-eos", "--temperature", "0", "--logits", arg(&logits_file), "--json"]).json();
     let output: Vec<u32> = serde_json::from_value(generated["tokens"].clone()).unwrap();
     assert_eq!(output.len(), 64);
     let all = [prompt.clone(), output].concat();
@@ -107,7 +108,8 @@ fn stdin_and_broken_pipes() {
     let ran = Ran::of(child.wait_with_output().unwrap());
     assert_eq!(ran.out.trim(), ANSWER, "{}", ran.err);
 
-    let mut child = command(&["generate", "Tell me a story about a dog.", "--ignore-eos", "-n", "400"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        command(&["generate", "Tell me a story about a dog.", "--ignore-eos", "-n", "400"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     let ran = Ran::of(child.wait_with_output().unwrap());
     assert_eq!(ran.code, 0, "{}", ran.err);

@@ -100,7 +100,13 @@ fn build(args: &Build) -> Result<(), Error> {
         }));
     } else {
         let kept = if report.kept > 0 { format!(", {} layers kept from an earlier build", report.kept) } else { String::new() };
-        output::line(&format!("{}: {} of experts, {} of other weights, in {}{kept}", target.display(), size(experts), size(report.resident_bytes), output::seconds(seconds)));
+        output::line(&format!(
+            "{}: {} of experts, {} of other weights, in {}{kept}",
+            target.display(),
+            size(experts),
+            size(report.resident_bytes),
+            output::seconds(seconds)
+        ));
     }
     Ok(())
 }

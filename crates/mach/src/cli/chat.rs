@@ -33,7 +33,8 @@ pub(super) struct Args {
     engine: EngineArgs,
 }
 
-const HELP: &str = "/reset forgets the conversation, /system TEXT sets the system message (and resets), /stats shows numbers, /quit leaves; Ctrl-C stops a reply";
+const HELP: &str =
+    "/reset forgets the conversation, /system TEXT sets the system message (and resets), /stats shows numbers, /quit leaves; Ctrl-C stops a reply";
 
 struct Chat {
     session: Session,
@@ -118,7 +119,10 @@ impl Chat {
             output::size(s.kv_bytes)
         );
         if let Some(r) = &self.last {
-            eprintln!("last reply: {} prompt tokens, {} reused, {} generated, {:.0} ms waited for the drive", r.prompt_tokens, r.cached_tokens, r.completion_tokens, r.stall_ms);
+            eprintln!(
+                "last reply: {} prompt tokens, {} reused, {} generated, {:.0} ms waited for the drive",
+                r.prompt_tokens, r.cached_tokens, r.completion_tokens, r.stall_ms
+            );
         }
     }
 

@@ -45,7 +45,8 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
         Err(e) if !matches!(e, Error::Model(ModelError::Budget { .. })) => return Err(e),
         other => other,
     };
-    let ways: Vec<(&str, Result<Prepared, Error>)> = [("resident", Some(false)), ("streaming", Some(true))].map(|(name, streaming)| (name, attempt(streaming))).into();
+    let ways: Vec<(&str, Result<Prepared, Error>)> =
+        [("resident", Some(false)), ("streaming", Some(true))].map(|(name, streaming)| (name, attempt(streaming))).into();
     let verdict = chosen.as_ref().map_or(Verdict::WontFit, |p| p.plan.verdict());
     let paths: Vec<Value> = ways.iter().map(|(name, way)| describe_way(name, way)).collect();
     let sidecar_dir = options.sidecar.clone().unwrap_or_else(|| path.dir.join(mach_format::SIDECAR_DIR));
@@ -96,7 +97,9 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
 
 fn describe_way(name: &str, way: &Result<Prepared, Error>) -> Value {
     match way {
-        Ok(p) => json!({"name": p.mode(), "runnable": true, "verdict": p.plan.verdict().name(), "slots": p.plan.slots, "experts": p.plan.experts, "budget": p.plan.budget}),
+        Ok(p) => {
+            json!({"name": p.mode(), "runnable": true, "verdict": p.plan.verdict().name(), "slots": p.plan.slots, "experts": p.plan.experts, "budget": p.plan.budget})
+        }
         Err(e) => json!({"name": name, "runnable": false, "verdict": Verdict::WontFit.name(), "reason": e.to_string()}),
     }
 }
@@ -121,7 +124,9 @@ fn print_plan(p: &MemoryPlan, available: u64) {
     row("keys and values", p.kv, &format!("{} tokens; the bank gives up slots as they grow", p.context));
     let note = match p.residency {
         Residency::Resident => format!("all {} experts of {}", p.experts, size(p.slot_bytes)),
-        Residency::Streaming => format!("{} of {} experts of {}; one token uses {}, the floor is {}", p.slots, p.experts, size(p.slot_bytes), p.working_set, p.floor_slots),
+        Residency::Streaming => {
+            format!("{} of {} experts of {}; one token uses {}, the floor is {}", p.slots, p.experts, size(p.slot_bytes), p.working_set, p.floor_slots)
+        }
     };
     row("expert bank", p.slots as u64 * p.slot_bytes, &note);
     p.warnings.iter().for_each(|w| output::line(&format!("  warning: {w}")));

@@ -230,5 +230,8 @@ fn write_logits(path: &std::path::Path, tokens: &[u32], logits: &[f32]) -> Resul
     let rows = tokens.len();
     let vocab = logits.len().checked_div(rows).unwrap_or(0);
     let ids: Vec<u8> = tokens.iter().flat_map(|t| (*t as i32).to_le_bytes()).collect();
-    super::eval::write_tensors(path, &[("logits", safetensors::Dtype::F32, vec![rows, vocab], super::eval::f32_bytes(logits)), ("tokens", safetensors::Dtype::I32, vec![rows], ids)])
+    super::eval::write_tensors(
+        path,
+        &[("logits", safetensors::Dtype::F32, vec![rows, vocab], super::eval::f32_bytes(logits)), ("tokens", safetensors::Dtype::I32, vec![rows], ids)],
+    )
 }

@@ -32,7 +32,14 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
     for m in &found {
         let text = |key: &str| m[key].as_str().unwrap_or("-").to_owned();
         let runs = if m["supported"] == true { "runs" } else { "not supported" };
-        output::line(&format!("{:<48} {:<14} {:>10}  {:<13} {}", text("name"), text("model_type"), output::size(m["bytes"].as_u64().unwrap_or(0)), runs, text("path")));
+        output::line(&format!(
+            "{:<48} {:<14} {:>10}  {:<13} {}",
+            text("name"),
+            text("model_type"),
+            output::size(m["bytes"].as_u64().unwrap_or(0)),
+            runs,
+            text("path")
+        ));
     }
     Ok(())
 }
