@@ -33,7 +33,8 @@ fn broken(from: &Path, break_it: impl FnOnce(&Path)) -> tempfile::TempDir {
 #[test]
 fn damaged_checkpoints_are_named() {
     let shard = "model-00001-of-00002.safetensors";
-    let cases: &[(&str, &dyn Fn(&Path))] = &[
+    type Case<'a> = (&'a str, &'a dyn Fn(&Path));
+    let cases: &[Case] = &[
         ("truncated-file", &|d| {
             let bytes = std::fs::read(d.join(shard)).unwrap();
             std::fs::write(d.join(shard), &bytes[..bytes.len() - 100]).unwrap();
