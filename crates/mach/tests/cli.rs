@@ -152,6 +152,15 @@ fn unknown_models() {
     assert!(ran.code == 1 && ran.json()["error"]["code"].is_string());
 }
 
+/// Protects against a long load for nothing: a taken port is an error at once.
+#[test]
+fn a_taken_port_is_told() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let ran = mach(&["serve", "--port", &port]);
+    assert!(!ran.failed_with("bind-failed").err.contains("loaded in"), "{}", ran.err);
+}
+
 /// Protects discovery: facts in JSON, without weights.
 #[test]
 fn discovery_commands() {

@@ -1,6 +1,6 @@
 //! `mach serve`: the HTTP server.
 
-use mach_server::{Server, ServerConfig};
+use mach_server::{Server, ServerConfig, ServerError};
 use serde_json::json;
 
 use super::args::{EngineArgs, on_interrupt};
@@ -32,6 +32,10 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args) -> Result<(), Error> {
+    // A port that is taken is said before a large model is loaded.
+    if let Err(source) = std::net::TcpListener::bind((args.host.as_str(), args.port)) {
+        return Err(server_error(ServerError::Bind { host: args.host, port: args.port, source }));
+    }
     let loaded = args.engine.load(args.model.as_deref())?;
     let mut config = ServerConfig::new(loaded.path.name.clone());
     config.alias = args.alias;
@@ -51,6 +55,6 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
     Ok(())
 }
 
-fn server_error(e: mach_server::ServerError) -> Error {
+fn server_error(e: ServerError) -> Error {
     Error::Input { code: e.code(), message: e.to_string() }
 }
