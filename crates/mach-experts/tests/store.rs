@@ -33,7 +33,7 @@ impl RecordSource for Source {
     fn read(&self, key: Key, _: Part, buffers: [&mut [u8]; 2]) -> Result<u64, ExpertError> {
         self.reads.fetch_add(1, Ordering::Relaxed);
         if self.slow.load(Ordering::Relaxed) {
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(50));
         }
         if self.fail.load(Ordering::Relaxed) && key.expert == 7 {
             return Err(ExpertError::Checksum { layer: key.layer, expert: key.expert, part: "down", path: PathBuf::from("x") });
@@ -146,6 +146,7 @@ fn a_cancelled_lease_leaves_a_working_store() {
     assert!(matches!(outcome, Err(ExpertError::Cancelled)));
     drop(lease);
     assert!(source.reads.load(Ordering::Relaxed) < EXPERTS, "queued reads were not taken back");
+    source.slow.store(false, Ordering::Relaxed);
     complete(&run(&mut store, &all, false).unwrap(), &all);
 }
 
