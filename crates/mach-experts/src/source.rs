@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use mach_backend::Part;
-use mach_format::{LayerPlan, RecordLayout, Sidecar, checksum};
+use mach_format::{LayerPlan, RecordLayout, Sidecar};
 
 use crate::direct::{DirectFile, ReadMode};
 use crate::error::ExpertError;
@@ -92,9 +92,10 @@ impl RecordSource for SidecarSource {
             path: file.path().to_owned(),
             source,
         })?;
-        for (i, (bytes, name)) in [(&*a, "gate|up"), (&*b, "down")].into_iter().enumerate() {
-            if !bytes.is_empty() && checksum(bytes) != layer.checksums[key.expert][i] {
-                return Err(ExpertError::Checksum { layer: layer.layer, expert: key.expert, part: name, path: file.path().to_owned() });
+        for (i, (bytes, part)) in [(&*a, "gate|up"), (&*b, "down")].into_iter().enumerate() {
+            if !bytes.is_empty() {
+                let damaged = |_| ExpertError::Checksum { layer: layer.layer, expert: key.expert, part, path: file.path().to_owned() };
+                layer.check(key.expert, i, bytes).map_err(damaged)?;
             }
         }
         Ok((a.len() + b.len()) as u64)

@@ -5,7 +5,7 @@ use mach_experts::{Residency, floor_slots};
 
 use crate::ModelError;
 use crate::spec::{MixerSpec, ModelSpec};
-use crate::workspace::{Chunks, Workspace};
+use crate::workspace::{Chunks, scratch_bytes};
 
 /// Warm sequences that the engine keeps.
 pub const WARM_SEQUENCES: u64 = 2;
@@ -185,11 +185,10 @@ impl MemoryPlan {
         let max_context = options.context.unwrap_or(limit);
         // Scratch that a small budget can afford: one chunk of 512 rows, less when it would take more than an eighth.
         let chunk = options.chunk.unwrap_or_else(|| {
-            let fits = |c: usize| Workspace::<mach_backend::Reference>::bytes(spec, Chunks { mixer: c, moe: c }) <= budget / 8;
+            let fits = |c: usize| scratch_bytes(spec, Chunks { mixer: c, moe: c }) <= budget / 8;
             [512, 256, 128, 64, 32].into_iter().find(|&c| fits(c)).unwrap_or(16)
         });
-        let fixed =
-            |chunks: Chunks| BASE_BYTES + options.tokenizer_bytes + sizes.resident_bytes + states + Workspace::<mach_backend::Reference>::bytes(spec, chunks);
+        let fixed = |chunks: Chunks| BASE_BYTES + options.tokenizer_bytes + sizes.resident_bytes + states + scratch_bytes(spec, chunks);
         let short =
             |what: &str, needed: u64, available: u64, hint: &str| ModelError::Budget { what: what.to_owned(), needed, available, hint: hint.to_owned() };
 
@@ -210,11 +209,7 @@ impl MemoryPlan {
         // When streaming, several chunks of a long prompt go through a layer before its experts are read again.
         let super_chunk = Chunks { mixer: chunk, moe: chunk * 4 };
         let chunks =
-            if residency == Residency::Streaming && options.chunk.is_none() && Workspace::<mach_backend::Reference>::bytes(spec, super_chunk) <= budget / 8 {
-                super_chunk
-            } else {
-                one
-            };
+            if residency == Residency::Streaming && options.chunk.is_none() && scratch_bytes(spec, super_chunk) <= budget / 8 { super_chunk } else { one };
         let fixed = fixed(chunks);
         let least_bank = match (residency, options.bank) {
             (Residency::Resident, _) => all_experts,
@@ -275,7 +270,7 @@ impl MemoryPlan {
             base: BASE_BYTES,
             tokenizer: options.tokenizer_bytes,
             resident: sizes.resident_bytes,
-            scratch: Workspace::<mach_backend::Reference>::bytes(spec, chunks),
+            scratch: scratch_bytes(spec, chunks),
             states,
             kv: kv_of(context),
             kv_block,

@@ -121,16 +121,16 @@ impl<B: Backend> Workspace<B> {
             logits: t(HEAD_ROWS, spec.vocab),
         }
     }
+}
 
-    /// Bytes that [`Workspace::new`] allocates, with the residual rows of one forward pass.
-    pub fn bytes(spec: &ModelSpec, chunks: Chunks) -> u64 {
-        let w = Widths::of(spec);
-        let c = chunks.mixer;
-        let rows = chunks.moe.max(c);
-        let decode = DECODE_ROWS.min(rows) * w.top_k;
-        let per_chunk = spec.rotary_dims + w.q + 2 * w.kv + w.heads + w.channels + 2 * w.values + 2 * w.v_heads;
-        // h, out and the residual; 16 bytes a route for ids, weights and groups.
-        let floats = rows * spec.hidden * 3 + c * per_chunk + rows.max(decode) * w.inner + decode * spec.hidden + HEAD_ROWS * (spec.hidden + spec.vocab);
-        4 * floats as u64 + (rows * w.top_k * 16) as u64
-    }
+/// Bytes that [`Workspace::new`] allocates, with the residual rows of one forward pass.
+pub fn scratch_bytes(spec: &ModelSpec, chunks: Chunks) -> u64 {
+    let w = Widths::of(spec);
+    let c = chunks.mixer;
+    let rows = chunks.moe.max(c);
+    let decode = DECODE_ROWS.min(rows) * w.top_k;
+    let per_chunk = spec.rotary_dims + w.q + 2 * w.kv + w.heads + w.channels + 2 * w.values + 2 * w.v_heads;
+    // h, out and the residual; 16 bytes a route for ids, weights and groups.
+    let floats = rows * spec.hidden * 3 + c * per_chunk + rows.max(decode) * w.inner + decode * spec.hidden + HEAD_ROWS * (spec.hidden + spec.vocab);
+    4 * floats as u64 + (rows * w.top_k * 16) as u64
 }

@@ -55,7 +55,7 @@ pub struct Prepared {
     /// Where.
     pub path: ModelPath,
     /// Tensors.
-    pub files: Resolved,
+    pub files: Arc<Resolved>,
     /// Experts.
     pub source: Option<Arc<dyn RecordSource>>,
     /// Memory.
@@ -100,25 +100,40 @@ pub fn prepare(model: Option<&str>, options: &LoadOptions) -> Result<Prepared, E
 /// # Errors
 /// As [`prepare`].
 pub fn prepare_at(path: ModelPath, options: &LoadOptions, available: u64) -> Result<Prepared, Error> {
-    let mut options = options.clone();
-    if path.builtin && options.streaming.is_none() && options.bank.is_none() && options.memory_budget.is_none() {
-        // The demonstration shows every part of the machine: a quarter of its experts in memory, the rest streams.
-        options.streaming = Some(true);
-        options.bank = Some(BankSize::Share(0.25));
+    Found::open(path, options.sidecar.as_deref())?.plan(options, available)
+}
+
+/// A model whose tensors and experts were found. One can be planned in several ways.
+pub(crate) struct Found {
+    pub path: ModelPath,
+    pub files: Arc<Resolved>,
+    pub source: Option<Arc<dyn RecordSource>>,
+}
+
+impl Found {
+    pub fn open(path: ModelPath, sidecar: Option<&Path>) -> Result<Self, Error> {
+        let files = Resolved::open(Arc::new(Checkpoint::open(&path.dir)?))?;
+        let source = open_experts(&files, sidecar)?;
+        Ok(Self { path, files: Arc::new(files), source })
     }
-    let files = Resolved::open(Arc::new(Checkpoint::open(&path.dir)?))?;
-    let source = open_experts(&files, options.sidecar.as_deref())?;
-    let quantised = source.as_ref().is_some_and(|s| s.layout(0).down.format.is_quantised()) || files.head_format().is_quantised();
-    let sizes = Sizes {
-        spec: files.spec(),
-        resident_bytes: files.resident_bytes(),
-        slot_bytes: source.as_ref().map_or(0, |s| s.part_bytes().iter().map(|&b| b as u64).sum()),
-        quantised,
-    };
-    let tokenizer_bytes = std::fs::metadata(path.dir.join("tokenizer.json")).map_or(0, |m| m.len() * TOKENIZER_FACTOR);
-    let plan = MemoryPlan::new(
-        &sizes,
-        &PlanOptions {
+
+    pub fn plan(&self, options: &LoadOptions, available: u64) -> Result<Prepared, Error> {
+        let (path, files, source) = (self.path.clone(), self.files.clone(), self.source.clone());
+        let mut options = options.clone();
+        if path.builtin && options.streaming.is_none() && options.bank.is_none() && options.memory_budget.is_none() {
+            // The demonstration shows every part of the machine: a quarter of its experts in memory, the rest streams.
+            options.streaming = Some(true);
+            options.bank = Some(BankSize::Share(0.25));
+        }
+        let quantised = source.as_ref().is_some_and(|s| s.layout(0).down.format.is_quantised()) || files.head_format().is_quantised();
+        let sizes = Sizes {
+            spec: files.spec(),
+            resident_bytes: files.resident_bytes(),
+            slot_bytes: source.as_ref().map_or(0, |s| s.part_bytes().iter().map(|&b| b as u64).sum()),
+            quantised,
+        };
+        let tokenizer_bytes = std::fs::metadata(path.dir.join("tokenizer.json")).map_or(0, |m| m.len() * TOKENIZER_FACTOR);
+        let wanted = PlanOptions {
             budget: options.memory_budget,
             bank: options.bank,
             residency: match options.streaming {
@@ -131,9 +146,10 @@ pub fn prepare_at(path: ModelPath, options: &LoadOptions, available: u64) -> Res
             chunk: options.prefill_chunk,
             tokenizer_bytes,
             available,
-        },
-    )?;
-    Ok(Prepared { path, files, source, plan, options })
+        };
+        let plan = MemoryPlan::new(&sizes, &wanted)?;
+        Ok(Prepared { path, files, source, plan, options })
+    }
 }
 
 impl Prepared {

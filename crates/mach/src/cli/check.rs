@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::args::EngineArgs;
 use super::output::{self, size};
-use crate::load::prepare_at;
+use crate::load::Found;
 use crate::{Error, Prepared, locate, system};
 
 #[derive(clap::Args)]
@@ -29,7 +29,8 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
     let path = locate(args.model.as_deref())?;
     let available = system::available_memory();
     let mut options = args.engine.options();
-    let limit = mach_models::spec_of(&super::args::read_json(&path.dir.join("config.json"))?)?.1.max_positions;
+    let found = Found::open(path.clone(), options.sidecar.as_deref())?;
+    let limit = found.files.spec().max_positions;
     options.context = Some(options.context.unwrap_or(CONTEXT.min(limit)));
     // A way of running: what it is asked for, and what comes of it.
     let attempt = |streaming: Option<bool>| {
@@ -38,7 +39,7 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
         if streaming == Some(false) {
             options.bank = None;
         }
-        prepare_at(path.clone(), &options, available)
+        found.plan(&options, available)
     };
     let asked = options.streaming;
     let chosen = match attempt(asked) {
