@@ -116,7 +116,7 @@ fn extreme_integers_do_not_overflow() {
         let WeightFormat::Affine { bits, group, .. } = format else { continue };
         let mut m = random_matrix(&mut rng, 80, 256, format);
         let data = usize::from(group) * usize::from(bits) * 2;
-        let block = m.layout.group_bytes();
+        let block = m.layout.block_bytes();
         m.data.chunks_exact_mut(block).for_each(|b| b[..data].fill(0xff));
         // The high plane at ±127, then (but for each block's maximum) the low one at −128.
         let low = |i: usize| if i.is_multiple_of(32) { 1.0 } else { (126.0 * 256.0 - 128.0) / (127.0 * 256.0) };

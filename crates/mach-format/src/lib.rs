@@ -18,7 +18,7 @@ pub use checkpoint::{Checkpoint, Dtype, TensorInfo};
 pub use disk::free_space;
 pub use error::FormatError;
 pub use fingerprint::{Fingerprint, checksum, fingerprint};
-pub use format::{ScaleType, WeightFormat};
+pub use format::{BlockFormat, ScaleType, WeightFormat};
 pub use matrix::{Matrix, pack_f32, pack_gate_up};
 pub use packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
 pub use safetensors_writer::{Planned, SafetensorsWriter};

@@ -236,6 +236,7 @@ impl Matrix {
             WeightFormat::F16 => PlainType::F16.widen(data, out),
             WeightFormat::BF16 => PlainType::BF16.widen(data, out),
             WeightFormat::Affine { bits, group, scales: ty } => affine::dequantise_row(bits, group.into(), ty, data, scales, biases, out),
+            WeightFormat::Block(block) => unreachable!("no checkpoint has {}", block.name()),
         }
     }
 

@@ -10,13 +10,16 @@
 //! | `F16`, `BF16` | 16 rows × 2 values `k, k+1` | – |
 //! | affine 8 bit | 16 rows × 4 bytes `k..k+4` | per group: 16 scales, 16 biases |
 //! | affine 4 bit | 16 rows × 4 bytes; byte `j` has `k+j` in its low, `k+4+j` in its high nibble | per group: 16 scales, 16 biases |
+//! | `Q8_0` | as affine 8 bit, of `q + 128` | per 32 columns: 16 × `d` |
+//! | `Q4_K` | as affine 4 bit | per 256 columns: 8 × 16 scales, 8 × 16 minima (bytes), 16 × `d`, 16 × `dmin` |
+//! | `Q6_K` | per 16 columns two lines of low nibbles, then one of the bits above: byte `j` has those of `k+j`, `k+4+j`, `k+8+j`, `k+12+j` from its lowest bits up; of `q + 32` | per 256 columns: 16 × 16 scales (bytes), 16 × `d` |
 //!
-//! An affine tile is a sequence of *group blocks* in K order: the lines of `group` columns, then 16 scales, then
-//! 16 biases, so a kernel reads one memory stream. Rows beyond `rows` and columns beyond `cols` are zero.
+//! A tile of a quantised format is a sequence of *blocks* in K order: the lines of their columns, then what is "then", so
+//! a kernel reads one memory stream. Rows beyond `rows` and columns beyond `cols` are zero.
 
 use serde::{Deserialize, Serialize};
 
-use crate::format::{ScaleType, WeightFormat};
+use crate::format::{BlockFormat, ScaleType, WeightFormat};
 
 /// Output rows of one tile.
 pub const TILE_ROWS: usize = 16;
@@ -42,6 +45,7 @@ impl PackedLayout {
     pub const fn is_well_formed(&self) -> bool {
         match self.format {
             WeightFormat::Affine { bits, group, .. } => matches!(bits, 4 | 8) && matches!(group, 32 | 64 | 128) && self.cols.is_multiple_of(group as usize),
+            WeightFormat::Block(block) => self.cols.is_multiple_of(block.columns()),
             _ => true,
         }
     }
@@ -56,16 +60,39 @@ impl PackedLayout {
         match self.format {
             WeightFormat::F32 => self.cols * TILE_ROWS * 4,
             WeightFormat::F16 | WeightFormat::BF16 => self.cols.div_ceil(2) * TILE_ROWS * 4,
-            WeightFormat::Affine { group, .. } => (self.cols / group as usize) * self.group_bytes(),
+            WeightFormat::Affine { .. } | WeightFormat::Block(_) => self.cols / self.block_columns() * self.block_bytes(),
         }
     }
 
-    /// Bytes of one group block of an affine tile (lines, scales, biases); 0 for plain formats.
-    pub const fn group_bytes(&self) -> usize {
+    /// Columns of one block of a tile; 1 for plain formats.
+    pub const fn block_columns(&self) -> usize {
         match self.format {
-            WeightFormat::Affine { bits, group, scales } => group as usize * TILE_ROWS * bits as usize / 8 + 2 * TILE_ROWS * scales.bytes(),
-            _ => 0,
+            WeightFormat::Affine { group, .. } => group as usize,
+            WeightFormat::Block(block) => block.columns(),
+            _ => 1,
         }
+    }
+
+    /// Bytes of the lines of one block of a tile: what comes before its scales; 0 for plain formats.
+    pub const fn line_bytes(&self) -> usize {
+        let bits = match self.format {
+            WeightFormat::Affine { bits, .. } => bits,
+            WeightFormat::Block(block) => block.bits(),
+            _ => 0,
+        };
+        self.block_columns() * TILE_ROWS * bits as usize / 8
+    }
+
+    /// Bytes of one block of a tile (lines, then scales and the like); 0 for plain formats.
+    pub const fn block_bytes(&self) -> usize {
+        let scales = match self.format {
+            WeightFormat::Affine { scales, .. } => 2 * scales.bytes(),
+            WeightFormat::Block(BlockFormat::Q8_0) => 2,
+            WeightFormat::Block(BlockFormat::Q4K) => 8 + 8 + 2 + 2,
+            WeightFormat::Block(BlockFormat::Q6K) => 16 + 2,
+            _ => 0,
+        };
+        self.line_bytes() + TILE_ROWS * scales
     }
 
     /// Bytes of the whole matrix.
@@ -86,20 +113,45 @@ impl PackedLayout {
                 let bits = u16::from_le_bytes([tile[at], tile[at + 1]]);
                 if self.format == WeightFormat::F16 { half::f16::from_bits(bits).to_f32() } else { half::bf16::from_bits(bits).to_f32() }
             }
-            WeightFormat::Affine { bits, group, scales } => {
-                let (g, within) = (col / group as usize, col % group as usize);
-                let block = &tile[g * self.group_bytes()..(g + 1) * self.group_bytes()];
-                let q = if bits == 8 {
-                    block[(within / 4 * TILE_ROWS + row) * 4 + within % 4]
-                } else {
-                    let byte = block[(within / 8 * TILE_ROWS + row) * 4 + within % 4];
-                    if within % 8 < 4 { byte & 15 } else { byte >> 4 }
-                };
-                let data = group as usize * TILE_ROWS * bits as usize / 8;
-                let scale = read_scale(&block[data..], row, scales);
-                let bias = read_scale(&block[data + TILE_ROWS * scales.bytes()..], row, scales);
-                scale.mul_add(f32::from(q), bias)
+            WeightFormat::Affine { .. } | WeightFormat::Block(_) => {
+                let columns = self.block_columns();
+                let (lines, params) = tile[col / columns * self.block_bytes()..][..self.block_bytes()].split_at(self.line_bytes());
+                let q = f32::from(self.code(lines, row, col % columns));
+                let (scale, bias) = self.scale(params, row, col % columns);
+                scale.mul_add(q, bias)
             }
+        }
+    }
+
+    /// The stored (unsigned) number of column `within` of a block.
+    fn code(&self, lines: &[u8], row: usize, within: usize) -> u8 {
+        let byte = |line: usize| lines[(line * TILE_ROWS + row) * 4 + within % 4];
+        let nibble = |byte: u8| if within % 8 < 4 { byte & 15 } else { byte >> 4 };
+        match self.format {
+            WeightFormat::Affine { bits: 8, .. } | WeightFormat::Block(BlockFormat::Q8_0) => byte(within / 4),
+            WeightFormat::Block(BlockFormat::Q6K) => {
+                let sixteen = within / 16 * 3;
+                nibble(byte(sixteen + within % 16 / 8)) | (byte(sixteen + 2) >> (within % 16 / 4 * 2) & 3) << 4
+            }
+            _ => nibble(byte(within / 8)),
+        }
+    }
+
+    /// Scale and bias of column `within` of a block: its value is `scale·code + bias`.
+    fn scale(&self, params: &[u8], row: usize, within: usize) -> (f32, f32) {
+        let half = |at: usize| read_scale(&params[at..], row, ScaleType::F16);
+        match self.format {
+            WeightFormat::Affine { scales, .. } => (read_scale(params, row, scales), read_scale(&params[TILE_ROWS * scales.bytes()..], row, scales)),
+            WeightFormat::Block(BlockFormat::Q8_0) => (half(0), -128.0 * half(0)),
+            WeightFormat::Block(BlockFormat::Q4K) => {
+                let at = within / 32 * TILE_ROWS + row;
+                (half(256) * f32::from(params[at]), -(half(256 + 32) * f32::from(params[128 + at])))
+            }
+            WeightFormat::Block(BlockFormat::Q6K) => {
+                let scale = half(256) * f32::from(params[within / 16 * TILE_ROWS + row] as i8);
+                (scale, -32.0 * scale)
+            }
+            _ => (1.0, 0.0),
         }
     }
 }

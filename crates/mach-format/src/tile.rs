@@ -21,6 +21,7 @@ pub(crate) const fn row_bytes(layout: &PackedLayout) -> (usize, usize) {
         WeightFormat::F32 => (layout.cols * 4, 0),
         WeightFormat::F16 | WeightFormat::BF16 => (layout.cols * 2, 0),
         WeightFormat::Affine { bits, group, scales } => (layout.cols * bits as usize / 8, layout.cols / group as usize * scales.bytes()),
+        WeightFormat::Block(block) => (layout.cols / block.columns() * block.source_bytes(), 0),
     }
 }
 
@@ -46,7 +47,7 @@ pub(crate) fn pack_tile(layout: &PackedLayout, rows: Rows<'_>, tile: &mut [u8]) 
         WeightFormat::Affine { bits, group, scales } => {
             let per_group = group as usize * bits as usize / 8;
             let width = scales.bytes();
-            for (g, block) in tile.chunks_exact_mut(layout.group_bytes()).enumerate() {
+            for (g, block) in tile.chunks_exact_mut(layout.block_bytes()).enumerate() {
                 let (lines, rest) = block.split_at_mut(per_group * TILE_ROWS);
                 match bits {
                     8 => interleave(rows.data, data_row, g * per_group, per_group, lines, |w| w),
@@ -60,6 +61,7 @@ pub(crate) fn pack_tile(layout: &PackedLayout, rows: Rows<'_>, tile: &mut [u8]) 
                 }
             }
         }
+        WeightFormat::Block(block) => unreachable!("no checkpoint has {}", block.name()),
     }
 }
 

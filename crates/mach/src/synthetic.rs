@@ -211,8 +211,8 @@ fn fill_random(out: &mut [u8], random: &mut Xorshift) {
 fn fill_tiles(layout: &PackedLayout, tiles: &mut [u8], random: &mut Xorshift) {
     let WeightFormat::Affine { bits, .. } = layout.format else { return };
     let params = affine(bits, unit_gain(layout.cols));
-    let lines = layout.group_bytes() - 2 * TILE_ROWS * 2;
-    for block in tiles.chunks_exact_mut(layout.group_bytes()) {
+    let lines = layout.line_bytes();
+    for block in tiles.chunks_exact_mut(layout.block_bytes()) {
         let (data, rest) = block.split_at_mut(lines);
         fill_random(data, random);
         for (values, param) in rest.chunks_exact_mut(TILE_ROWS * 2).zip(params) {

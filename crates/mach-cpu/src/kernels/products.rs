@@ -174,7 +174,7 @@ impl Affine {
     #[inline(always)]
     fn of(layout: &PackedLayout) -> Self {
         match layout.format {
-            WeightFormat::Affine { bits, group, scales } => Self { bits: bits.into(), group: group.into(), scales, group_bytes: layout.group_bytes() },
+            WeightFormat::Affine { bits, group, scales } => Self { bits: bits.into(), group: group.into(), scales, group_bytes: layout.block_bytes() },
             format => unreachable!("{format} weights are not affine"),
         }
     }

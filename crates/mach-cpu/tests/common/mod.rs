@@ -73,7 +73,7 @@ fn fill_tile(rng: &mut Rng, layout: &PackedLayout, rows: usize, tile: &mut [u8])
         }
         WeightFormat::Affine { bits, group, scales } => {
             let data = group as usize * bits as usize * 2;
-            for block in tile.chunks_exact_mut(layout.group_bytes()) {
+            for block in tile.chunks_exact_mut(layout.block_bytes()) {
                 for (i, byte) in block[..data].iter_mut().enumerate() {
                     *byte = if i / 4 % 16 < rows { rng.bits() as u8 } else { 0 };
                 }
