@@ -10,6 +10,7 @@ mod error;
 mod readers;
 mod source;
 mod store;
+pub mod trace;
 
 pub use direct::{DirectFile, ReadMode};
 pub use error::ExpertError;

@@ -10,6 +10,7 @@ use crate::ExpertError;
 use crate::bank::{Bank, State};
 use crate::readers::{Completion, Priority, ReadJob, Readers};
 use crate::source::{Key, RecordSource};
+use crate::trace::Recorder;
 
 /// Whether experts come and go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +67,7 @@ pub struct ExpertStore<M: ExpertMemory> {
     residency: Residency,
     top_k: usize,
     stats: ExpertStats,
+    recorder: Option<Recorder>,
 }
 
 impl<M: ExpertMemory> ExpertStore<M> {
@@ -102,6 +104,7 @@ impl<M: ExpertMemory> ExpertStore<M> {
             residency: options.residency,
             top_k: options.top_k,
             stats: ExpertStats::default(),
+            recorder: None,
         })
     }
 
@@ -163,17 +166,28 @@ impl<M: ExpertMemory> ExpertStore<M> {
     /// Gives slots back to the system, down to the floor, until `bytes` are free; returns the bytes freed. Called when
     /// the KV cache grows.
     pub fn give_up(&mut self, bytes: u64) -> u64 {
-        let mut freed = 0;
+        let (mut freed, before) = (0, self.slots());
         while freed < bytes && self.residency == Residency::Streaming && self.slots() > floor_slots(self.top_k) {
             let Some(slot) = self.bank.retire() else { break };
             self.memory.release(slot);
             freed += self.slot_bytes();
         }
+        if let Some(recorder) = &self.recorder {
+            recorder.retired(before - self.slots());
+        }
         freed
     }
 
-    /// Begins the next forward pass: uses age.
-    pub fn next_pass(&mut self) {
+    /// Writes a trace from now on.
+    pub fn record(&mut self, recorder: Recorder) {
+        self.recorder = Some(recorder);
+    }
+
+    /// Begins the next forward pass, of so many rows: uses age.
+    pub fn next_pass(&mut self, rows: usize) {
+        if let Some(recorder) = &self.recorder {
+            recorder.pass(rows);
+        }
         self.bank.step += 1;
     }
 
@@ -251,6 +265,10 @@ impl<'a, M: ExpertMemory> Lease<'a, M> {
                 _ => {}
             }
             entries.push(Entry { expert, slot, scratch: false, stage });
+        }
+        if let Some(recorder) = &store.recorder {
+            let misses = entries.iter().filter(|e| e.stage == Stage::Waiting).count();
+            recorder.lease(layer, experts, ordered, misses, store.stats.stall);
         }
         Self { store, layer, entries, ordered, in_flight: 0, batch: Vec::new() }
     }
@@ -392,6 +410,9 @@ impl<'a, M: ExpertMemory> Lease<'a, M> {
 impl<M: ExpertMemory> Drop for Lease<'_, M> {
     fn drop(&mut self) {
         self.release_given();
+        if let Some(recorder) = &self.store.recorder {
+            recorder.released(self.store.stats.stall);
+        }
         let Some(readers) = &self.store.readers else { return };
         // Jobs nobody has begun are taken back, the others are waited for: a slot must not be filled behind our back.
         self.in_flight -= readers.cancel_queued().len().min(self.in_flight);

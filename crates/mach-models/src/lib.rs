@@ -15,7 +15,7 @@ mod workspace;
 
 pub use error::ModelError;
 pub use experts::open_experts;
-pub use layers::moe::RouteLog;
+pub use layers::moe::{ForcedRoutes, RouteLog};
 pub use model::{Forward, Model, ModelOptions, Row, Want};
 pub use plan::{MemoryPlan, PlanOptions, ResidencyChoice};
 pub use registry::{MoeArchAdapter, REGISTRY, detect_arch, spec_of};

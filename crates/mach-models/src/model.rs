@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use mach_backend::{Backend, GdnSegment, KV_BLOCK, Segment};
+use mach_experts::trace::Recorder;
 use mach_experts::{ExpertError, ExpertStats, ExpertStore, RecordSource, Residency, StoreOptions};
 use mach_format::Matrix;
 
 use crate::ModelError;
 use crate::layers::attention::Attention;
 use crate::layers::gdn::Gdn;
-use crate::layers::moe::{Moe, RouteLog};
+use crate::layers::moe::{ForcedRoutes, Moe, RouteLog};
 use crate::layers::{FeedForward, vector};
 use crate::plan::{MemoryPlan, kv_specs};
 use crate::sequence::Sequence;
@@ -207,6 +208,22 @@ impl<B: Backend> Model<B> {
         (self.made_blocks - self.free_blocks.len()) as u64 * self.plan.kv_block
     }
 
+    /// Writes a trace of the experts in use from now on.
+    pub fn record(&mut self, recorder: Recorder) {
+        if let Some(store) = &mut self.store {
+            store.record(recorder);
+        }
+    }
+
+    /// Lets `routes` replace what routers choose, for benches.
+    pub fn force_routes(&mut self, routes: &ForcedRoutes) {
+        for layer in &mut self.layers {
+            if let Ffn::Moe(moe) = &mut layer.ffn {
+                moe.forced = Some(routes.clone());
+            }
+        }
+    }
+
     /// Most rows of one forward pass.
     pub fn max_rows(&self) -> usize {
         self.plan.chunks.moe
@@ -286,7 +303,7 @@ impl<B: Backend> Model<B> {
             seqs[s.seq].pending = true;
         }
         if let Some(store) = &mut self.store {
-            store.next_pass();
+            store.next_pass(rows.len());
         }
         let mut embedded = vec![0.0; rows.len() * self.spec.hidden];
         for (row, out) in rows.iter().zip(embedded.chunks_exact_mut(self.spec.hidden)) {

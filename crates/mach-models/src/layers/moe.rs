@@ -1,5 +1,7 @@
 //! The shared MoE step, host-routed: ids are read, experts leased from the store, outputs added in ascending expert id.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use mach_backend::{Backend, ExpertJob, ExpertLayout, Part};
 use mach_experts::ExpertStore;
 
@@ -16,7 +18,12 @@ pub struct Moe<B: Backend> {
     shared: Option<FeedForward<B>>,
     /// Index among the MoE layers.
     index: usize,
+    pub(crate) forced: Option<ForcedRoutes>,
 }
+
+/// Replaces the choices of a MoE layer's router, the weights stay: gets the layer's index and the ids `[rows, k]`, which it
+/// may change as long as those of a row differ.
+pub type ForcedRoutes = Arc<Mutex<dyn FnMut(usize, &mut [u32]) + Send>>;
 
 /// Router choices of a forward pass, for `mach eval`: per MoE layer `[rows, k]`, largest weight first.
 #[derive(Default)]
@@ -28,7 +35,7 @@ pub struct RouteLog {
 impl<B: Backend> Moe<B> {
     pub(crate) fn load(backend: &B, t: &MoeTensors, spec: MoeSpec, index: usize) -> Result<Self, ModelError> {
         let shared = t.shared.as_ref().map(|s| FeedForward::load(backend, &s.gate, &s.up, &s.down, s.scalar.as_ref(), spec.activation)).transpose()?;
-        Ok(Self { spec, router: weight_f32(backend, &t.router)?, shared, index })
+        Ok(Self { spec, router: weight_f32(backend, &t.router)?, shared, index, forced: None })
     }
 
     /// `ws.h` rows → `ws.out` rows.
@@ -43,6 +50,9 @@ impl<B: Backend> Moe<B> {
     ) -> Result<(), ModelError> {
         backend.route(&self.spec.router, &ws.h, rows, &self.router, &mut ws.routes);
         backend.read_routes(&ws.routes, &mut ws.ids, &mut ws.weights);
+        if let Some(routes) = &self.forced {
+            routes.lock().unwrap_or_else(PoisonError::into_inner)(self.index, &mut ws.ids);
+        }
         if let Some(log) = log {
             log.layers.resize_with(log.layers.len().max(self.index + 1), Default::default);
             log.layers[self.index].0.extend_from_slice(&ws.ids);
