@@ -113,7 +113,7 @@ fn part(r: &Routing, first: usize, rows: usize) -> Routing {
 fn experts_agree_with_the_reference_backend() {
     let mut rng = Rng::new(1);
     for format in FORMATS {
-        let e = Experts::random(&mut rng, 6, 256, 128, format);
+        let e = Experts::random(&mut rng, 6, 256, 256, format);
         let (x, r) = (rng.normals(9 * 256), routing(&mut rng, 9, 3, 6));
         let want = buffered(&Reference, &e.bank(&Reference), &e, &x, &r);
         let cpu = cpu(KernelSet::automatic(), 2);

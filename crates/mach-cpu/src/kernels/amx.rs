@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use super::avx512::Avx512;
+use super::avx512::{Avx512, six_bits};
 use super::simd::{Kernel, LANES};
 use super::vnni::Vnni;
 
@@ -53,7 +53,7 @@ const fn config(block: u8) -> TileConfig {
     c
 }
 
-static CONFIG: [TileConfig; 2] = [config(32), config(64)];
+static CONFIG: [TileConfig; 3] = [config(16), config(32), config(64)];
 
 #[repr(C, align(64))]
 struct Lines([[u8; 64]; 16]);
@@ -69,7 +69,7 @@ impl Kernel for Amx {
 
     #[inline(always)]
     unsafe fn begin<const BLK: usize>() {
-        asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG[BLK / 64], options(nostack, readonly, preserves_flags));
+        asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG[BLK / 32], options(nostack, readonly, preserves_flags));
     }
 
     /// The tile registers must be clean before a thread sleeps, or every switch saves 8 KiB.
@@ -91,6 +91,11 @@ impl Kernel for Amx {
                 let bytes = _mm512_loadu_si512(w.add(line * 64).cast());
                 _mm512_store_si512(unpacked.0[line * 2].as_mut_ptr().cast(), _mm512_and_si512(bytes, nibble));
                 _mm512_store_si512(unpacked.0[line * 2 + 1].as_mut_ptr().cast(), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble));
+            }
+            unpacked.0.as_ptr().cast()
+        } else if BITS == 6 {
+            for (four, codes) in (0..BLK / 16).flat_map(|sixteen| six_bits(w.add(sixteen * 192))).enumerate() {
+                _mm512_store_si512(unpacked.0[four].as_mut_ptr().cast(), codes);
             }
             unpacked.0.as_ptr().cast()
         } else {

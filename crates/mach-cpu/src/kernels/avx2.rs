@@ -42,6 +42,20 @@ unsafe fn anew<const R: usize>(mut x: [*const i8; R]) -> [*const i8; R] {
     x
 }
 
+/// Half a line of each of the four columns' numbers of 16 columns of 6 bits.
+#[inline(always)]
+unsafe fn six_bits(w: *const u8) -> [__m256i; 4] {
+    let (nibble, two) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
+    let (a, b, high) = (load_bytes(w), load_bytes(w.add(64)), load_bytes(w.add(128)));
+    let join = |low: __m256i, high: __m256i| _mm256_or_si256(_mm256_and_si256(low, nibble), _mm256_and_si256(high, two));
+    [
+        join(a, _mm256_slli_epi16::<4>(high)),
+        join(_mm256_srli_epi16::<4>(a), _mm256_slli_epi16::<2>(high)),
+        join(b, high),
+        join(_mm256_srli_epi16::<4>(b), _mm256_srli_epi16::<2>(high)),
+    ]
+}
+
 impl Simd for Avx2 {
     type F = F;
     type I = I;
@@ -145,6 +159,14 @@ impl Simd for Avx2 {
         [load_bytes(p.cast()), load_bytes(p.add(8).cast())]
     }
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> I {
+        [_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())), _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast()))]
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> I {
+        [_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())), _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(8).cast()))]
+    }
+    #[inline(always)]
     unsafe fn add_i(a: I, b: I) -> I {
         [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
     }
@@ -216,7 +238,22 @@ impl Kernel for Avx2 {
         let nibble = _mm256_set1_epi8(15);
         let ones = _mm256_set1_epi16(1);
         let mut out = [[_mm256_setzero_si256(); 2]; R];
-        if BITS == 4 {
+        if BITS == 6 {
+            for sixteen in 0..BLK / 16 {
+                for h in 0..2 {
+                    let codes = six_bits(w.add(sixteen * 192 + h * 32));
+                    for r in 0..R {
+                        // Two products of 6 bits fit into i16 (4·63·128 = 32,256).
+                        for pair in 0..2 {
+                            let x = x[r].add(sixteen * 16 + pair * 8).cast::<i32>();
+                            let [x0, x1] = [x, x.add(1)].map(|x| _mm256_set1_epi32(x.read_unaligned()));
+                            let sum = _mm256_add_epi16(_mm256_maddubs_epi16(codes[pair * 2], x0), _mm256_maddubs_epi16(codes[pair * 2 + 1], x1));
+                            out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(sum, ones));
+                        }
+                    }
+                }
+            }
+        } else if BITS == 4 {
             for four in 0..BLK / 32 {
                 let mut acc = [[_mm256_setzero_si256(); 2]; R];
                 for line in four * 4..four * 4 + 4 {

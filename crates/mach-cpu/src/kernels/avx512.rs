@@ -101,6 +101,14 @@ impl Simd for Avx512 {
         _mm512_set1_epi32(x)
     }
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> __m512i {
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> __m512i {
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))
+    }
+    #[inline(always)]
     unsafe fn load_i(p: *const i32) -> __m512i {
         _mm512_loadu_si512(p.cast())
     }
@@ -158,6 +166,20 @@ impl Simd for Avx512 {
     }
 }
 
+/// The four columns' numbers of 16 columns of 6 bits, a line of each.
+#[inline(always)]
+pub(crate) unsafe fn six_bits(w: *const u8) -> [__m512i; 4] {
+    let (nibble, two) = (_mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
+    let [a, b, high] = [0, 64, 128].map(|at| _mm512_loadu_si512(w.add(at).cast()));
+    let join = |low: __m512i, high: __m512i| _mm512_or_si512(_mm512_and_si512(low, nibble), _mm512_and_si512(high, two));
+    [
+        join(a, _mm512_slli_epi16::<4>(high)),
+        join(_mm512_srli_epi16::<4>(a), _mm512_slli_epi16::<2>(high)),
+        join(b, high),
+        join(_mm512_srli_epi16::<4>(b), _mm512_srli_epi16::<2>(high)),
+    ]
+}
+
 impl Kernel for Avx512 {
     type V = Self;
 
@@ -167,6 +189,20 @@ impl Kernel for Avx512 {
         let nibble = _mm512_set1_epi8(15);
         let (ones, sixteens) = (_mm512_set1_epi16(1), _mm512_set1_epi16(16));
         let mut out = [_mm512_setzero_si512(); R];
+        if BITS == 6 {
+            for sixteen in 0..BLK / 16 {
+                let codes = six_bits(w.add(sixteen * 192));
+                for r in 0..R {
+                    for pair in 0..2 {
+                        let x = x[r].add(sixteen * 16 + pair * 8).cast::<i32>();
+                        let [x0, x1] = [x, x.add(1)].map(|x| _mm512_set1_epi32(x.read_unaligned()));
+                        let sum = _mm512_add_epi16(_mm512_maddubs_epi16(codes[pair * 2], x0), _mm512_maddubs_epi16(codes[pair * 2 + 1], x1));
+                        out[r] = _mm512_add_epi32(out[r], _mm512_madd_epi16(sum, ones));
+                    }
+                }
+            }
+            return out;
+        }
         let per_run = if BITS == 4 { 4 } else { 8 };
         for run in 0..BLK / 32 {
             let mut acc = [[_mm512_setzero_si512(); 2]; R];

@@ -135,7 +135,7 @@ macro_rules! for_all_kernels {
     ($callback:ident!($($extra:tt)*)) => {
         $callback! { ($($extra)*)
             V products::quantise_row(to: &QuantRows, row: usize);
-            K products::affine_tile(layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32);
+            K products::quant_tile(layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32);
             V products::dequantise_tile(layout: &PackedLayout, tile: *const u8, out: *mut f32);
             V products::plain_tiles(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32);
             V rows::rms_norm(x: *const f32, w: *const f32, n: usize, eps: f32, out: *mut f32);

@@ -146,6 +146,18 @@ impl Simd for Neon {
         [vdupq_n_s32(x); 4]
     }
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> I {
+        let v = vld1q_u8(p);
+        let words = [vmovl_u8(vget_low_u8(v)), vmovl_high_u8(v)];
+        each!(i => vreinterpretq_s32_u32(if i % 2 == 0 { vmovl_u16(vget_low_u16(words[i / 2])) } else { vmovl_high_u16(words[i / 2]) }))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> I {
+        let v = vld1q_s8(p);
+        let words = [vmovl_s8(vget_low_s8(v)), vmovl_high_s8(v)];
+        each!(i => if i % 2 == 0 { vmovl_s16(vget_low_s16(words[i / 2])) } else { vmovl_high_s16(words[i / 2]) })
+    }
+    #[inline(always)]
     unsafe fn load_i(p: *const i32) -> I {
         each!(i => vld1q_s32(p.add(i * 4)))
     }
@@ -218,6 +230,14 @@ pub(crate) unsafe fn nibbles(bytes: uint8x16_t) -> [int8x16_t; 2] {
     [vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), vreinterpretq_s8_u8(vshrq_n_u8::<4>(bytes))]
 }
 
+/// The four columns' numbers of four rows, of 16 columns of 6 bits.
+#[inline(always)]
+pub(crate) unsafe fn six_bits(w: *const u8) -> [int8x16_t; 4] {
+    let [a, b, high] = [0, 64, 128].map(|at| vld1q_u8(w.add(at)));
+    let join = |low: uint8x16_t, high: uint8x16_t| vreinterpretq_s8_u8(vorrq_u8(vandq_u8(low, vdupq_n_u8(15)), vandq_u8(high, vdupq_n_u8(0x30))));
+    [join(a, vshlq_n_u8::<4>(high)), join(vshrq_n_u8::<4>(a), vshlq_n_u8::<2>(high)), join(b, high), join(vshrq_n_u8::<4>(b), vshrq_n_u8::<2>(high))]
+}
+
 /// Adds 16 products into 8 + 8 lanes of i16.
 #[inline(always)]
 unsafe fn multiply_add(acc: &mut [int16x8_t; 2], w: int8x16_t, x: int8x16_t) {
@@ -241,7 +261,15 @@ impl Kernel for Neon {
         let mut out = [[vdupq_n_s32(0); 4]; R];
         for quad in 0..4 {
             let mut acc = [[[vdupq_n_s16(0); 2]; 2]; R];
-            for line in 0..BLK * BITS as usize / 32 {
+            if BITS == 6 {
+                // One product of 6 bits in each of 16 columns' four lines: 4·63·128 = 32,256.
+                for (four, codes) in six_bits(w.add(quad * 16)).into_iter().enumerate() {
+                    for r in 0..R {
+                        multiply_add(&mut acc[r][0], codes, broadcast(x[r].add(four * 4)));
+                    }
+                }
+            }
+            for line in 0..if BITS == 6 { 0 } else { BLK * BITS as usize / 32 } {
                 let [low, high] = nibbles(vld1q_u8(w.add(line * 64 + quad * 16)));
                 for r in 0..R {
                     let at = x[r].add(line * 32 / BITS as usize);

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::neon::{Neon, broadcast, nibbles};
+use super::neon::{Neon, broadcast, nibbles, six_bits};
 use super::simd::Kernel;
 
 pub(crate) struct NeonDot;
@@ -25,7 +25,16 @@ impl Kernel for NeonDot {
                 out[r] = [vdupq_n_s32(128 * sums[r]); 4];
             }
         }
-        for line in 0..BLK * BITS as usize / 32 {
+        if BITS == 6 {
+            for quad in 0..4 {
+                for (four, codes) in (0..BLK / 16).flat_map(|sixteen| six_bits(w.add(sixteen * 192 + quad * 16))).enumerate() {
+                    for r in 0..R {
+                        sdot(&mut out[r][quad], codes, broadcast(x[r].add(four * 4)));
+                    }
+                }
+            }
+        }
+        for line in 0..if BITS == 6 { 0 } else { BLK * BITS as usize / 32 } {
             let (mut x0, mut x1) = ([vdupq_n_s8(0); R], [vdupq_n_s8(0); R]);
             for r in 0..R {
                 let at = x[r].add(line * 32 / BITS as usize);

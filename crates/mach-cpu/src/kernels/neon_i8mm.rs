@@ -4,7 +4,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::neon::{Neon, broadcast, nibbles};
+use super::neon::{Neon, broadcast, nibbles, six_bits};
 use super::simd::Kernel;
 
 pub(crate) struct NeonI8mm;
@@ -24,6 +24,9 @@ unsafe fn usmmla(acc: &mut int32x4_t, w: int8x16_t, x: int8x16_t) {
 unsafe fn eight_columns<const BITS: u8>(w: *const u8, step: usize, quad: usize) -> [int8x16_t; 2] {
     if BITS == 4 {
         nibbles(vld1q_u8(w.add(step * 64 + quad * 16)))
+    } else if BITS == 6 {
+        let codes = six_bits(w.add(step / 2 * 192 + quad * 16));
+        if step % 2 == 0 { [codes[0], codes[1]] } else { [codes[2], codes[3]] }
     } else {
         let at = w.add(step * 128 + quad * 16).cast();
         [vld1q_s8(at), vld1q_s8(at.add(64))]

@@ -2,14 +2,14 @@
 //!
 //! The order of float operations is fixed per output row and does not depend on the number of activation rows:
 //! * plain weights: two chains of fused multiply-adds, over even and over odd columns, added at the end;
-//! * affine weights: blocks in column order, each `acc = fma(scale, xs·isum, acc)` and then
+//! * quantised weights: blocks in column order, each `acc = fma(scale, xs·isum, acc)` and then
 //!   `acc = fma(bias, xs·xsum, acc)` with exact integers `isum` and `xsum`; last the outliers in column order.
 //!
 //! Quantised activations are 16-bit integers `256·high + low` in two int8 planes, so that every kernel set's int8
 //! instructions multiply them: a row goes through [`Kernel::dot`] as two.
 
 use mach_backend::KV_BLOCK;
-use mach_format::{PackedLayout, ScaleType, TILE_ROWS, WeightFormat};
+use mach_format::{BlockFormat, PackedLayout, ScaleType, TILE_ROWS, WeightFormat};
 
 use super::simd::{Kernel, LANES, Simd};
 
@@ -42,7 +42,7 @@ pub(crate) struct QuantRows {
     /// `[rows][2][cols]`: the high plane, then the low one.
     pub q: *const i8,
     pub cols: usize,
-    /// Columns per block, 32 or 64.
+    /// Columns per block: 16, 32 or 64.
     pub block: usize,
     /// Per block: scale `xs` and `xs · Σ(256·high + low)`.
     pub scale: *const f32,
@@ -152,46 +152,88 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
     }
 }
 
-#[inline(always)]
-unsafe fn load_scales<V: Simd>(p: *const u8, ty: ScaleType) -> V::F {
-    match ty {
-        ScaleType::F32 => V::load(p.cast()),
-        ScaleType::F16 => V::load_f16(p.cast()),
-        ScaleType::BF16 => V::load_bf16(p.cast()),
-    }
-}
-
-/// The layout of an affine tile, unpacked.
+/// Where the numbers and scales of a quantised tile lie.
 #[derive(Clone, Copy)]
-struct Affine {
+struct Blocks {
+    /// Bits of a stored number: 4, 6 or 8.
     bits: usize,
+    /// Columns of a block of the tile, log₂ of them, and the block's bytes.
+    columns: usize,
+    shift: u32,
+    bytes: usize,
+    /// Bytes before the scales.
+    line_bytes: usize,
+    /// Columns that share a scale.
     group: usize,
-    scales: ScaleType,
-    group_bytes: usize,
+    scales: Scales,
 }
 
-impl Affine {
+/// How scales are stored.
+#[derive(Clone, Copy)]
+enum Scales {
+    Affine(ScaleType),
+    Block(BlockFormat),
+}
+
+impl Blocks {
     #[inline(always)]
     fn of(layout: &PackedLayout) -> Self {
-        match layout.format {
-            WeightFormat::Affine { bits, group, scales } => Self { bits: bits.into(), group: group.into(), scales, group_bytes: layout.block_bytes() },
-            format => unreachable!("{format} weights are not affine"),
+        let (bits, group, scales) = match layout.format {
+            WeightFormat::Affine { bits, group, scales } => (bits, group.into(), Scales::Affine(scales)),
+            WeightFormat::Block(block) => (block.bits(), block.group(), Scales::Block(block)),
+            format => unreachable!("{format} weights are not quantised"),
+        };
+        let columns = layout.block_columns();
+        let shift = columns.trailing_zeros();
+        Self { bits: bits.into(), columns, shift, bytes: layout.block_bytes(), line_bytes: layout.line_bytes(), group, scales }
+    }
+
+    /// The block of column `column`.
+    #[inline(always)]
+    unsafe fn block(&self, tile: *const u8, column: usize) -> *const u8 {
+        tile.add((column >> self.shift) * self.bytes)
+    }
+
+    /// Scale and bias of column `within` of the block at `block`: exact, or rounded once from exact values.
+    #[inline(always)]
+    unsafe fn scales<V: Simd>(&self, block: *const u8, within: usize) -> (V::F, V::F) {
+        let at = block.add(self.line_bytes);
+        match self.scales {
+            Scales::Affine(ScaleType::BF16) => (V::load_bf16(at.cast()), V::load_bf16(at.add(LANES * 2).cast())),
+            Scales::Affine(ScaleType::F16) => (V::load_f16(at.cast()), V::load_f16(at.add(LANES * 2).cast())),
+            Scales::Affine(ScaleType::F32) => (V::load(at.cast()), V::load(at.add(LANES * 4).cast())),
+            Scales::Block(BlockFormat::Q8_0) => {
+                let d = V::load_f16(at.cast());
+                (d, V::mul(d, V::splat(-128.0)))
+            }
+            Scales::Block(BlockFormat::Q4K) => {
+                let line = at.add(within / 32 * LANES);
+                let [scale, min] = [line, line.add(8 * LANES)].map(|p| V::to_f(V::load_u8(p)));
+                let [d, dmin] = [256, 288].map(|offset| V::load_f16(at.add(offset).cast()));
+                (V::mul(d, scale), V::sub(V::splat(0.0), V::mul(dmin, min)))
+            }
+            Scales::Block(BlockFormat::Q6K) => {
+                let scale = V::to_f(V::load_i8(at.add(within / 16 * LANES).cast()));
+                let scale = V::mul(V::load_f16(at.add(256).cast()), scale);
+                (scale, V::mul(scale, V::splat(-32.0)))
+            }
         }
     }
 
-    /// Scales and biases of the group block at `group`.
+    /// Column `within` of a block as numbers, given its scales.
     #[inline(always)]
-    unsafe fn scales<V: Simd>(&self, group: *const u8) -> (V::F, V::F) {
-        let at = group.add(self.group * LANES * self.bits / 8);
-        (load_scales::<V>(at, self.scales), load_scales::<V>(at.add(LANES * self.scales.bytes()), self.scales))
-    }
-
-    /// Column `c` of the tile as numbers, given its group's scales.
-    #[inline(always)]
-    unsafe fn column<V: Simd>(&self, group: *const u8, within: usize, scale: V::F, bias: V::F) -> V::F {
-        let (line, shift, mask) =
-            if self.bits == 8 { (within / 4, within % 4 * 8, 255) } else { (within / 8, within % 4 * 8 + if within % 8 < 4 { 0 } else { 4 }, 15) };
-        let q = V::and_i(V::shr_i(V::load_i(group.add(line * 64).cast()), shift as u32), V::splat_i(mask));
+    unsafe fn column<V: Simd>(&self, block: *const u8, within: usize, scale: V::F, bias: V::F) -> V::F {
+        let bits = |line: usize, shift: usize, mask: i32| V::and_i(V::shr_i(V::load_i(block.add(line * 64).cast()), shift as u32), V::splat_i(mask));
+        let nibble = |line: usize| bits(line, within % 4 * 8 + within / 4 % 2 * 4, 15);
+        let q = match self.bits {
+            8 => bits(within / 4, within % 4 * 8, 255),
+            6 => {
+                let sixteen = within / 16 * 3;
+                let high = bits(sixteen + 2, within % 4 * 8 + within % 16 / 4 * 2, 3);
+                V::add_i(nibble(sixteen + within % 16 / 8), V::shl_i::<4>(high))
+            }
+            _ => nibble(within / 8),
+        };
         V::fma(scale, V::to_f(q), bias)
     }
 }
@@ -201,13 +243,14 @@ impl Affine {
 /// # Safety
 /// `tile` has `layout.tile_bytes()` bytes, `rows` are rows of `acts`, `out` has 16 values for each.
 #[inline(always)]
-pub(crate) unsafe fn affine_tile<K: Kernel>(layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
-    let format = Affine::of(layout);
+pub(crate) unsafe fn quant_tile<K: Kernel>(layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+    let format = Blocks::of(layout);
     match (format.bits, acts.block) {
-        (4, 64) => affine_blocks::<K, 4, 64>(format, tile, acts, rows, out),
-        (4, _) => affine_blocks::<K, 4, 32>(format, tile, acts, rows, out),
-        (_, 64) => affine_blocks::<K, 8, 64>(format, tile, acts, rows, out),
-        _ => affine_blocks::<K, 8, 32>(format, tile, acts, rows, out),
+        (4, 64) => quant_blocks::<K, 4, 64>(format, tile, acts, rows, out),
+        (4, _) => quant_blocks::<K, 4, 32>(format, tile, acts, rows, out),
+        (6, _) => quant_blocks::<K, 6, 16>(format, tile, acts, rows, out),
+        (_, 64) => quant_blocks::<K, 8, 64>(format, tile, acts, rows, out),
+        _ => quant_blocks::<K, 8, 32>(format, tile, acts, rows, out),
     }
     for (i, &row) in rows.iter().enumerate() {
         if *acts.outliers.add(row as usize) > 0 {
@@ -217,7 +260,7 @@ pub(crate) unsafe fn affine_tile<K: Kernel>(layout: &PackedLayout, tile: *const 
 }
 
 #[inline(always)]
-unsafe fn affine_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Affine, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+unsafe fn quant_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Blocks, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
     let blocks = acts.cols / BLK;
     let wide = K::WIDE && rows.len() > 2;
     if wide {
@@ -230,11 +273,11 @@ unsafe fn affine_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Aff
             let (rest, to) = (&rows[i..], out.add(i * LANES));
             let panel = panel.clone();
             i += if wide {
-                affine_wide::<K, BITS, BLK>(format, tile, acts, rest, panel, to)
+                quant_wide::<K, BITS, BLK>(format, tile, acts, rest, panel, to)
             } else {
                 match rest.len() {
-                    1 => affine_rows::<K, BITS, BLK, 2>(format, tile, acts, rest, panel, to),
-                    _ => affine_rows::<K, BITS, BLK, 4>(format, tile, acts, rest, panel, to),
+                    1 => quant_rows::<K, BITS, BLK, 2>(format, tile, acts, rest, panel, to),
+                    _ => quant_rows::<K, BITS, BLK, 4>(format, tile, acts, rest, panel, to),
                 }
             };
         }
@@ -244,19 +287,18 @@ unsafe fn affine_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Aff
     }
 }
 
-/// Lines of block `j` and its group block.
+/// Lines of block `j` of the activations, the block of the tile that they lie in, and the column within it.
 #[inline(always)]
-unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Affine, tile: *const u8, j: usize) -> (*const u8, *const u8) {
-    // Groups are 1, 2 or 4 blocks.
-    let (per_group, shift) = (format.group / BLK, (format.group / BLK).trailing_zeros());
-    let group = tile.add((j >> shift) * format.group_bytes);
-    (group.add((j & (per_group - 1)) * BLK * LANES * BITS as usize / 8), group)
+unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Blocks, tile: *const u8, j: usize) -> (*const u8, *const u8, usize) {
+    let block = format.block(tile, j * BLK);
+    let within = j * BLK & (format.columns - 1);
+    (block.add(within * LANES * BITS as usize / 8), block, within)
 }
 
 /// `P / 2` rows as `P` planes.
 #[inline(always)]
-unsafe fn affine_rows<K: Kernel, const BITS: u8, const BLK: usize, const P: usize>(
-    format: Affine,
+unsafe fn quant_rows<K: Kernel, const BITS: u8, const BLK: usize, const P: usize>(
+    format: Blocks,
     tile: *const u8,
     acts: &QuantRows,
     rows: &[u32],
@@ -271,7 +313,7 @@ unsafe fn affine_rows<K: Kernel, const BITS: u8, const BLK: usize, const P: usiz
         }
     }
     for j in panel {
-        let (lines, group) = block_at::<BITS, BLK>(format, tile, j);
+        let (lines, block, within) = block_at::<BITS, BLK>(format, tile, j);
         for line in 0..BLK * BITS as usize / 32 + 1 {
             K::V::prefetch(lines.wrapping_add(PREFETCH + line * 64));
         }
@@ -280,7 +322,7 @@ unsafe fn affine_rows<K: Kernel, const BITS: u8, const BLK: usize, const P: usiz
             (x[p], sums[p]) = acts.plane(rows[p / 2] as usize, p % 2, j);
         }
         let isum = K::dot::<BITS, BLK, P>(lines, x, sums);
-        let (scale, bias) = format.scales::<K::V>(group);
+        let (scale, bias) = format.scales::<K::V>(block, within);
         for r in 0..P / 2 {
             let at = rows[r] as usize * blocks + j;
             let isum = K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]);
@@ -302,8 +344,8 @@ unsafe fn add_block<V: Simd>(acts: &QuantRows, at: usize, isum: V::I, scale: V::
 
 /// The same arithmetic, integers from the matrix unit: eight rows are its 16 planes.
 #[inline(always)]
-unsafe fn affine_wide<K: Kernel, const BITS: u8, const BLK: usize>(
-    format: Affine,
+unsafe fn quant_wide<K: Kernel, const BITS: u8, const BLK: usize>(
+    format: Blocks,
     tile: *const u8,
     acts: &QuantRows,
     rows: &[u32],
@@ -321,12 +363,12 @@ unsafe fn affine_wide<K: Kernel, const BITS: u8, const BLK: usize>(
         }
     }
     for j in panel {
-        let (lines, group) = block_at::<BITS, BLK>(format, tile, j);
+        let (lines, block, within) = block_at::<BITS, BLK>(format, tile, j);
         for p in 0..2 * n {
             x[p] = acts.plane(rows[p / 2] as usize, p % 2, j).0;
         }
         K::dot_wide::<BITS, BLK>(lines, &x[..2 * n], &mut isum);
-        let (scale, bias) = format.scales::<K::V>(group);
+        let (scale, bias) = format.scales::<K::V>(block, within);
         for r in 0..n {
             let at = rows[r] as usize * blocks + j;
             let [high, low] = [2 * r, 2 * r + 1].map(|p| K::V::load_i(isum[p].as_ptr()));
@@ -341,7 +383,7 @@ unsafe fn affine_wide<K: Kernel, const BITS: u8, const BLK: usize>(
 
 /// Adds the columns that were left out of the blocks, in f32.
 #[inline(always)]
-unsafe fn add_outliers<V: Simd>(format: Affine, tile: *const u8, acts: &QuantRows, row: usize, out: *mut f32) {
+unsafe fn add_outliers<V: Simd>(format: Blocks, tile: *const u8, acts: &QuantRows, row: usize, out: *mut f32) {
     let x = *acts.x.add(row);
     let mut acc = V::load(out);
     let (mut last, mut scale, mut bias) = (usize::MAX, V::splat(0.0), V::splat(0.0));
@@ -350,30 +392,29 @@ unsafe fn add_outliers<V: Simd>(format: Affine, tile: *const u8, acts: &QuantRow
         while bits != 0 {
             let column = word * 64 + bits.trailing_zeros() as usize;
             bits &= bits - 1;
-            let number = column / format.group;
-            let group = tile.add(number * format.group_bytes);
-            if number != last {
-                (scale, bias) = format.scales::<V>(group);
-                last = number;
+            let (block, within, group) = (format.block(tile, column), column & (format.columns - 1), column / format.group);
+            if group != last {
+                (scale, bias) = format.scales::<V>(block, within);
+                last = group;
             }
-            acc = V::fma(format.column::<V>(group, column % format.group, scale, bias), V::splat(*x.add(column)), acc);
+            acc = V::fma(format.column::<V>(block, within, scale, bias), V::splat(*x.add(column)), acc);
         }
     }
     V::store(out, acc);
 }
 
-/// Writes an affine tile as an `F32` tile, `[cols][16]`.
+/// Writes a quantised tile as an `F32` tile, `[cols][16]`.
 ///
 /// # Safety
 /// `tile` has `layout.tile_bytes()` bytes, `out` takes `16·cols` values.
 #[inline(always)]
 pub(crate) unsafe fn dequantise_tile<V: Simd>(layout: &PackedLayout, tile: *const u8, out: *mut f32) {
-    let format = Affine::of(layout);
-    for g in 0..layout.cols / format.group {
-        let group = tile.add(g * format.group_bytes);
-        let (scale, bias) = format.scales::<V>(group);
-        for within in 0..format.group {
-            V::store(out.add((g * format.group + within) * LANES), format.column::<V>(group, within, scale, bias));
+    let format = Blocks::of(layout);
+    for first in (0..layout.cols).step_by(format.group) {
+        let (block, within) = (format.block(tile, first), first & (format.columns - 1));
+        let (scale, bias) = format.scales::<V>(block, within);
+        for column in 0..format.group {
+            V::store(out.add((first + column) * LANES), format.column::<V>(block, within + column, scale, bias));
         }
     }
 }

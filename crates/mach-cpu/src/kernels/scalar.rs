@@ -124,6 +124,14 @@ impl Simd for Scalar {
         [x; LANES]
     }
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self::I {
+        p.cast::<[u8; LANES]>().read().map(i32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self::I {
+        p.cast::<[i8; LANES]>().read().map(i32::from)
+    }
+    #[inline(always)]
     unsafe fn load_i(p: *const i32) -> Self::I {
         read(p)
     }
@@ -179,23 +187,35 @@ impl Simd for Scalar {
     unsafe fn prefetch(_: *const u8) {}
 }
 
+/// Numbers of 4 columns × 16 rows, `[row][column]`: columns `4·four..` of the lines at `w`.
+#[inline(always)]
+unsafe fn codes<const BITS: u8>(w: *const u8, four: usize) -> [u8; 64] {
+    let line = |line: usize| w.add(line * 64).cast::<[u8; 64]>().read();
+    let nibbles = |bytes: [u8; 64]| bytes.map(|b| if four % 2 == 0 { b & 15 } else { b >> 4 });
+    match BITS {
+        8 => line(four),
+        6 => {
+            let sixteen = four / 4 * 3;
+            let (low, high) = (nibbles(line(sixteen + four % 4 / 2)), line(sixteen + 2).map(|b| (b >> (four % 4 * 2) & 3) << 4));
+            std::array::from_fn(|i| low[i] | high[i])
+        }
+        _ => nibbles(line(four / 2)),
+    }
+}
+
 impl Kernel for Scalar {
     type V = Self;
 
     #[inline(always)]
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], _: [i32; R]) -> [[i32; LANES]; R] {
         let mut out = [[0; LANES]; R];
-        for line in 0..BLK * BITS as usize / 32 {
-            let bytes = &*w.add(line * 64).cast::<[[u8; 4]; LANES]>();
+        for four in 0..BLK / 4 {
+            let codes = codes::<BITS>(w, four);
             for r in 0..R {
-                let x = x[r].add(line * 32 / BITS as usize);
-                for (sum, bytes) in out[r].iter_mut().zip(bytes) {
-                    for (j, &byte) in bytes.iter().enumerate() {
-                        *sum += if BITS == 8 {
-                            i32::from(byte) * i32::from(*x.add(j))
-                        } else {
-                            i32::from(byte & 15) * i32::from(*x.add(j)) + i32::from(byte >> 4) * i32::from(*x.add(j + 4))
-                        };
+                let x = x[r].add(four * 4).cast::<[i8; 4]>().read();
+                for (sum, codes) in out[r].iter_mut().zip(codes.as_chunks::<4>().0) {
+                    for (&code, &x) in codes.iter().zip(&x) {
+                        *sum += i32::from(code) * i32::from(x);
                     }
                 }
             }

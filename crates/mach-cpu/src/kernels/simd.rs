@@ -51,6 +51,9 @@ pub(crate) trait Simd: Copy + 'static {
 
     unsafe fn splat_i(x: i32) -> Self::I;
     unsafe fn load_i(p: *const i32) -> Self::I;
+    /// 16 bytes, widened.
+    unsafe fn load_u8(p: *const u8) -> Self::I;
+    unsafe fn load_i8(p: *const i8) -> Self::I;
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn and_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn max_i(a: Self::I, b: Self::I) -> Self::I;

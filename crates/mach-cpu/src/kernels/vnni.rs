@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::avx512::Avx512;
+use super::avx512::{Avx512, six_bits};
 use super::simd::Kernel;
 
 pub(crate) struct Vnni;
@@ -14,7 +14,18 @@ impl Kernel for Vnni {
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], _: [i32; R]) -> [__m512i; R] {
         let nibble = _mm512_set1_epi8(15);
         let mut out = [[_mm512_setzero_si512(); 2]; R];
-        for line in 0..BLK * BITS as usize / 32 {
+        if BITS == 6 {
+            for sixteen in 0..BLK / 16 {
+                let codes = six_bits(w.add(sixteen * 192));
+                for r in 0..R {
+                    for four in 0..4 {
+                        let x = _mm512_set1_epi32(x[r].add(sixteen * 16 + four * 4).cast::<i32>().read_unaligned());
+                        out[r][four % 2] = _mm512_dpbusd_epi32(out[r][four % 2], codes[four], x);
+                    }
+                }
+            }
+        }
+        for line in 0..if BITS == 6 { 0 } else { BLK * BITS as usize / 32 } {
             let bytes = _mm512_loadu_si512(w.add(line * 64).cast());
             for r in 0..R {
                 let at = x[r].add(line * 32 / BITS as usize).cast::<i32>();

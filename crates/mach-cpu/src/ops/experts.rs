@@ -62,7 +62,7 @@ fn lock<'a>(mem: &'a Bank, jobs: &[ExpertJob<'_>], part: usize, bytes: usize) ->
 unsafe fn activations<'a, 'b>(
     cx: Context<'_>,
     map: &'b mut RowMap,
-    quant: &mut [QuantBuffer; 2],
+    quant: &mut [QuantBuffer; 3],
     layout: &PackedLayout,
     x: &Tensor,
     lists: impl Iterator<Item = &'a [u32]>,
@@ -71,7 +71,7 @@ unsafe fn activations<'a, 'b>(
     map.build(lists, x.rows());
     match block(layout.format) {
         // SAFETY: `build` indexed by every row, so all are rows of `x`.
-        Some(block) => (Acts::Quant(unsafe { quant[block / 64].quantise(cx, plain(x), &map.distinct, x.cols(), block) }), &map.mapped),
+        Some(block) => (Acts::Quant(unsafe { quant[block / 32].quantise(cx, plain(x), &map.distinct, x.cols(), block) }), &map.mapped),
         None => {
             for number in &mut map.mapped {
                 *number = map.distinct[*number as usize];

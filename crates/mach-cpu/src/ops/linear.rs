@@ -55,6 +55,7 @@ pub(crate) enum Acts {
 pub(crate) fn block(format: WeightFormat) -> Option<usize> {
     match format {
         WeightFormat::Affine { group, .. } => Some(usize::from(group.min(64))),
+        WeightFormat::Block(block) => Some(block.group()),
         _ => None,
     }
 }
@@ -152,7 +153,7 @@ unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count
             Acts::Plain(x) => (cx.k.plain_tiles)(layout, data, count, x, rows, out),
             Acts::Quant(x) => {
                 for t in 0..count {
-                    (cx.k.affine_tile)(layout, data.add(t * layout.tile_bytes()), x, rows, out.add(t * rows.len() * LANES));
+                    (cx.k.quant_tile)(layout, data.add(t * layout.tile_bytes()), x, rows, out.add(t * rows.len() * LANES));
                 }
             }
             Acts::Exact(x) => with_scratch(layout.cols * LANES * count, |wide| {
@@ -169,8 +170,8 @@ unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count
 /// Reused memory of the operations.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    /// Activations in blocks of 32 and of 64.
-    pub quant: [QuantBuffer; 2],
+    /// Activations in blocks of 16, 32 and 64.
+    pub quant: [QuantBuffer; 3],
     /// 0, 1, 2, …
     pub identity: Vec<u32>,
     pub rows: super::experts::RowMap,
@@ -188,7 +189,7 @@ pub(crate) fn identity(buffer: &mut Vec<u32>, n: usize) -> &[u32] {
 pub(crate) fn linear(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor, rows: usize, outs: &mut [(&Weight, &mut Tensor)]) {
     assert!(rows <= x.rows(), "{rows} rows of {}", x.rows());
     let ids = identity(&mut scratch.identity, rows);
-    let mut quantised = [None, None];
+    let mut quantised = [None; 3];
     let mut list = Vec::with_capacity(outs.len());
     let mut targets = Vec::with_capacity(outs.len());
     for (w, out) in outs.iter_mut() {
@@ -196,7 +197,7 @@ pub(crate) fn linear(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor, rows: u
         assert!(out.cols() == w.layout.rows && out.rows() >= rows, "output of {} columns for {} rows of weight", out.cols(), w.layout.rows);
         let acts = match block(w.layout.format) {
             Some(block) if w.layout.rows > SMALL_ROWS => {
-                let which = block / 64;
+                let which = block / 32;
                 // SAFETY: `ids` are rows of `x`, which outlives the products.
                 Acts::Quant(*quantised[which].get_or_insert_with(|| unsafe { scratch.quant[which].quantise(cx, plain(x), ids, x.cols(), block) }))
             }
@@ -287,7 +288,7 @@ pub(crate) fn ffn_add(
     // SAFETY: `ids` are rows of `x`, of `act` and of `out`; units write disjoint parts.
     unsafe {
         let acts = match block(half.format) {
-            Some(block) => Acts::Quant(scratch.quant[block / 64].quantise(cx, plain(x), ids, x.cols(), block)),
+            Some(block) => Acts::Quant(scratch.quant[block / 32].quantise(cx, plain(x), ids, x.cols(), block)),
             None => Acts::Plain(plain(x)),
         };
         let to = Shared::new(act.values_mut());
@@ -295,7 +296,7 @@ pub(crate) fn ffn_add(
         products(cx, &[product], &|done| activate(cx, activation, done, half.rows, to, |i| i));
 
         let acts = match block(down.layout.format) {
-            Some(block) => Acts::Quant(scratch.quant[block / 64].quantise(cx, plain(act), ids, act.cols(), block)),
+            Some(block) => Acts::Quant(scratch.quant[block / 32].quantise(cx, plain(act), ids, act.cols(), block)),
             None => Acts::Plain(plain(act)),
         };
         let (to, cols) = (Shared::new(out.values_mut()), out.cols());

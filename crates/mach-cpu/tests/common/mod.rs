@@ -3,7 +3,7 @@
 
 use mach_backend::Backend;
 use mach_cpu::{Cpu, CpuOptions, KernelSet};
-use mach_format::{AlignedBytes, PackedLayout, PackedMatrix, ScaleType, WeightFormat};
+use mach_format::{AlignedBytes, BlockFormat, PackedLayout, PackedMatrix, ScaleType, WeightFormat};
 
 /// xorshift64*: the same numbers on every machine.
 pub struct Rng(u64);
@@ -38,7 +38,7 @@ pub const fn affine(bits: u8, group: u16, scales: ScaleType) -> WeightFormat {
     WeightFormat::Affine { bits, group, scales }
 }
 
-pub const FORMATS: [WeightFormat; 9] = [
+pub const FORMATS: [WeightFormat; 12] = [
     WeightFormat::F32,
     WeightFormat::F16,
     WeightFormat::BF16,
@@ -48,6 +48,9 @@ pub const FORMATS: [WeightFormat; 9] = [
     affine(8, 32, ScaleType::BF16),
     affine(8, 64, ScaleType::F32),
     affine(8, 128, ScaleType::F16),
+    WeightFormat::Block(BlockFormat::Q8_0),
+    WeightFormat::Block(BlockFormat::Q4K),
+    WeightFormat::Block(BlockFormat::Q6K),
 ];
 
 /// One tile with random weights of deviation about `1/sqrt(cols)`; rows and columns beyond the matrix are zero.
@@ -90,6 +93,28 @@ fn fill_tile(rng: &mut Rng, layout: &PackedLayout, rows: usize, tile: &mut [u8])
                         }
                     }
                 }
+            }
+        }
+        WeightFormat::Block(kind) => {
+            let lines = layout.line_bytes();
+            for block in tile.chunks_exact_mut(layout.block_bytes()) {
+                for (i, byte) in block[..lines].iter_mut().enumerate() {
+                    *byte = if i / 4 % 16 < rows { rng.bits() as u8 } else { 0 };
+                }
+                // Bytes of scales (and minima), then halves: `d` (and `dmin`).
+                let (bytes, halves, d) = match kind {
+                    BlockFormat::Q8_0 => (0, 1, 3.5 * size / 127.0),
+                    BlockFormat::Q4K => (2 * 8, 2, 3.5 * size / (7.5 * 40.0)),
+                    BlockFormat::Q6K => (16, 1, 3.5 * size / (32.0 * 80.0)),
+                };
+                for byte in &mut block[lines..lines + bytes * 16] {
+                    *byte = if kind == BlockFormat::Q4K { rng.below(64) as u8 } else { rng.bits() as u8 };
+                }
+                for (i, half) in block[lines + bytes * 16..].chunks_exact_mut(2).enumerate() {
+                    let d = if i / 16 == 0 { d } else { 7.5 * d };
+                    half.copy_from_slice(&half::f16::from_f32((1.0 + 0.5 * rng.unit()) * d).to_le_bytes());
+                }
+                assert_eq!(block.len(), lines + bytes * 16 + halves * 32);
             }
         }
     }
