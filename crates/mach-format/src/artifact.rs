@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, ElementType};
 use crate::disk::{sync_dir, write_atomic};
 use crate::error::FormatError;
 use crate::fingerprint::fingerprint;
@@ -264,7 +264,7 @@ pub fn write_pack(ck: &Checkpoint, out: &Path, plan: &PackPlan, progress: &mut d
     }
     let config_path = staging.join("config.json");
     let mut config =
-        serde_json::to_vec_pretty(&pack_config(ck.config(), &residents)).map_err(|e| FormatError::Json { path: config_path.clone(), reason: e.to_string() })?;
+        serde_json::to_vec_pretty(&pack_config(ck, &residents)).map_err(|e| FormatError::Json { path: config_path.clone(), reason: e.to_string() })?;
     config.push(b'\n');
     write_atomic(&config_path, &config)?;
     let serves = fingerprint(&Checkpoint::open(&staging)?)?;
@@ -305,7 +305,7 @@ fn residents(ck: &Checkpoint, plan: &PackPlan) -> Result<Vec<Resident>, FormatEr
             }
             _ => {
                 all.push(Resident::Copy(matrix.name().to_owned()));
-                if matrix.format().is_quantised() {
+                if matches!(matrix.format(), WeightFormat::Affine { .. }) {
                     all.extend(["scales", "biases"].map(|s| Resident::Copy(format!("{module}.{s}"))));
                 }
             }
@@ -322,7 +322,16 @@ fn planned(ck: &Checkpoint, resident: &Resident) -> Result<Vec<Planned>, FormatE
     match resident {
         Resident::Copy(name) => {
             let info = ck.require(name)?;
-            Ok(vec![Planned { name: name.clone(), dtype: info.dtype, shape: info.shape.clone() }])
+            let (dtype, shape) = match info.dtype {
+                ElementType::Plain(dtype) => (dtype, info.shape.clone()),
+                // Blocks as they lie, a row a row of bytes; the configuration says what they are.
+                ElementType::Block(_) => {
+                    let rows: usize = info.shape.iter().rev().skip(1).product();
+                    let outer = info.shape.iter().rev().skip(1).rev().copied();
+                    (Dtype::U8, outer.chain([info.bytes as usize / rows]).collect())
+                }
+            };
+            Ok(vec![Planned { name: name.clone(), dtype, shape }])
         }
         Resident::Quantise { module, matrix, layout } => {
             let WeightFormat::Affine { bits, group, scales } = layout.format else {
@@ -365,8 +374,9 @@ fn quantise(matrix: &Matrix, layout: &PackedLayout) -> Result<[Vec<u8>; 3], Form
 }
 
 /// The source's configuration with an MLX `quantization` that describes the pack. The commonest format is the
-/// general entry, others are named.
-fn pack_config(source: &Value, residents: &[Resident]) -> Value {
+/// general entry, others are named; modules of ggml's blocks are named with their type.
+fn pack_config(ck: &Checkpoint, residents: &[Resident]) -> Value {
+    let source = ck.config();
     let mut config = source.clone();
     let old = source.get("quantization").or_else(|| source.get("quantization_config")).and_then(Value::as_object);
     let mut quantization: Map<String, Value> = old.cloned().unwrap_or_default();
@@ -392,6 +402,14 @@ fn pack_config(source: &Value, residents: &[Resident]) -> Value {
             quantization.remove(module);
         } else {
             quantization.insert(module.clone(), json!({ "group_size": group, "bits": bits }));
+        }
+    }
+    for resident in residents {
+        if let Resident::Copy(name) = resident
+            && let Some(ElementType::Block(ty)) = ck.tensor(name).map(|t| t.dtype)
+            && let Some(block) = ty.block()
+        {
+            quantization.insert(name.trim_end_matches(".weight").to_owned(), json!({ "mode": block }));
         }
     }
     if let Some(config) = config.as_object_mut() {

@@ -1,4 +1,5 @@
-//! Hugging Face checkpoints: `config.json`, `generation_config.json` and safetensors, sharded or single.
+//! Checkpoints: a directory as Hugging Face writes it (`config.json`, `generation_config.json` and safetensors, sharded
+//! or single), or a GGUF file seen as one.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -11,6 +12,8 @@ use safetensors::tensor::Metadata;
 use serde_json::Value;
 
 use crate::error::FormatError;
+use crate::gguf::{GgmlType, Gguf, Metadata as GgufMetadata};
+use crate::sidecar::SIDECAR_DIR;
 
 pub use safetensors::Dtype;
 
@@ -18,11 +21,37 @@ const INDEX: &str = "model.safetensors.index.json";
 /// Headers beyond this are refused before they are read.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// How the elements of a tensor are stored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum ElementType {
+    /// One after the other.
+    Plain(Dtype),
+    /// In blocks of ggml along the last dimension.
+    Block(GgmlType),
+}
+
+/// The name of the type itself.
+impl std::fmt::Debug for ElementType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Plain(dtype) => dtype.fmt(f),
+            Self::Block(ty) => ty.fmt(f),
+        }
+    }
+}
+
+impl ElementType {
+    /// Whether its values are F32, F16 or BF16.
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16))
+    }
+}
+
 /// Where a tensor lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Element type.
-    pub dtype: Dtype,
+    pub dtype: ElementType,
     /// Dimensions, outermost first.
     pub shape: Vec<usize>,
     /// Number of the file.
@@ -45,9 +74,11 @@ impl Files {
     }
 }
 
-/// A checkpoint directory with its weight files open. Tensors are read on demand, nothing is mapped.
+/// A checkpoint with its weight files open. Tensors are read on demand, nothing is mapped.
 pub struct Checkpoint {
     dir: PathBuf,
+    /// Of a GGUF file.
+    gguf: Option<(PathBuf, GgufMetadata)>,
     config: Value,
     generation: Option<Value>,
     tensors: IndexMap<String, TensorInfo>,
@@ -93,7 +124,25 @@ impl Checkpoint {
                 return Err(FormatError::IndexMismatch { index: index_path, tensor: name.clone(), shard: dir.join(shard) });
             }
         }
-        Ok(Self { dir: dir.to_owned(), config, generation, tensors, files: Arc::new(Files { open }) })
+        Ok(Self { dir: dir.to_owned(), gguf: None, config, generation, tensors, files: Arc::new(Files { open }) })
+    }
+
+    /// A GGUF model seen as a checkpoint: `config` is what its metadata says in the words of a `config.json`, `rename`
+    /// gives the names that tensors have in such a checkpoint (`None` keeps a name).
+    ///
+    /// # Errors
+    /// Two tensors of one name.
+    pub fn from_gguf(gguf: Gguf, config: Value, rename: &dyn Fn(&str) -> Option<String>) -> Result<Self, FormatError> {
+        let Gguf { path, metadata, tensors: table, files: open } = gguf;
+        let mut tensors = IndexMap::with_capacity(table.len());
+        for (name, info) in table {
+            let new = rename(&name).unwrap_or(name);
+            if tensors.insert(new.clone(), info).is_some() {
+                return Err(FormatError::Gguf { path, reason: format!("two of its tensors are {new}") });
+            }
+        }
+        let dir = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
+        Ok(Self { dir, gguf: Some((path, metadata)), config, generation: None, tensors, files: Arc::new(Files { open }) })
     }
 
     /// The directory.
@@ -101,7 +150,22 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// `config.json`.
+    /// What to call it in messages: the directory or the GGUF file.
+    pub fn path(&self) -> &Path {
+        self.gguf.as_ref().map_or(&self.dir, |(path, _)| path)
+    }
+
+    /// Metadata of a GGUF file.
+    pub fn metadata(&self) -> Option<&GgufMetadata> {
+        self.gguf.as_ref().map(|(_, metadata)| metadata)
+    }
+
+    /// Where its sidecar is kept: `expert_sidecar` in a directory, `NAME.expert_sidecar` beside `NAME.gguf`.
+    pub fn sidecar_dir(&self) -> PathBuf {
+        self.gguf.as_ref().map_or_else(|| self.dir.join(SIDECAR_DIR), |(path, _)| path.with_extension(SIDECAR_DIR))
+    }
+
+    /// `config.json`, or what stands for it.
     pub fn config(&self) -> &Value {
         &self.config
     }
@@ -146,7 +210,7 @@ impl Checkpoint {
     /// # Errors
     /// [`FormatError::MissingTensor`].
     pub fn require(&self, name: &str) -> Result<&TensorInfo, FormatError> {
-        self.tensors.get(name).ok_or_else(|| FormatError::MissingTensor { dir: self.dir.clone(), tensor: name.to_owned() })
+        self.tensors.get(name).ok_or_else(|| FormatError::MissingTensor { dir: self.path().to_owned(), tensor: name.to_owned() })
     }
 
     /// The bytes of a tensor as they lie.
@@ -182,11 +246,11 @@ pub(crate) enum PlainType {
 }
 
 impl PlainType {
-    pub(crate) fn of(tensor: &str, dtype: Dtype) -> Result<Self, FormatError> {
+    pub(crate) fn of(tensor: &str, dtype: ElementType) -> Result<Self, FormatError> {
         match dtype {
-            Dtype::F32 => Ok(Self::F32),
-            Dtype::F16 => Ok(Self::F16),
-            Dtype::BF16 => Ok(Self::BF16),
+            ElementType::Plain(Dtype::F32) => Ok(Self::F32),
+            ElementType::Plain(Dtype::F16) => Ok(Self::F16),
+            ElementType::Plain(Dtype::BF16) => Ok(Self::BF16),
             other => Err(FormatError::Dtype { tensor: tensor.to_owned(), expected: "F32, F16 or BF16", got: format!("{other:?}") }),
         }
     }
@@ -283,8 +347,8 @@ fn read_header(path: &Path, file: &File, number: usize) -> Result<Vec<(String, T
     let tensor = |name: String| {
         let t = metadata.info(&name)?;
         let (start, end) = t.data_offsets;
-        let info = TensorInfo { dtype: t.dtype, shape: t.shape.clone(), file: number, offset: 8 + header_len + start as u64, bytes: (end - start) as u64 };
-        Some((name, info))
+        let (dtype, offset, bytes) = (ElementType::Plain(t.dtype), 8 + header_len + start as u64, (end - start) as u64);
+        Some((name, TensorInfo { dtype, shape: t.shape.clone(), file: number, offset, bytes }))
     };
     Ok(metadata.offset_keys().into_iter().filter_map(tensor).collect())
 }

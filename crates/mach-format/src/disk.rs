@@ -29,7 +29,7 @@ pub fn free_space(path: &Path) -> Result<u64, FormatError> {
 /// Tells the system that the cached pages of a file (all from `offset` on where `len` is `None`) are not needed
 /// again: experts must not push other data out of the page cache. Pages must be clean. Only a hint; does nothing
 /// where there is no such call.
-pub(crate) fn forget_pages(file: &File, offset: u64, len: Option<u64>) {
+pub fn forget_pages(file: &File, offset: u64, len: Option<u64>) {
     #[cfg(target_os = "linux")]
     let _ = rustix::fs::fadvise(file, offset, len.and_then(std::num::NonZeroU64::new), rustix::fs::Advice::DontNeed);
     #[cfg(not(target_os = "linux"))]

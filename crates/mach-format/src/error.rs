@@ -75,6 +75,22 @@ pub enum FormatError {
         /// Why.
         reason: String,
     },
+    /// A GGUF file that is malformed, or parts that do not belong together.
+    #[error("{} is not a valid GGUF file: {reason}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// Metadata of a GGUF file that is missing or of the wrong type.
+    #[error("GGUF metadata: `{key}` {problem}")]
+    GgufMetadata {
+        /// The key.
+        key: String,
+        /// What is wrong.
+        problem: String,
+    },
     /// A tensor that is needed and absent.
     #[error("tensor {tensor} is missing in {}", dir.display())]
     MissingTensor {
@@ -104,7 +120,9 @@ pub enum FormatError {
         got: String,
     },
     /// A quantisation that is recognised and not supported.
-    #[error("tensor {tensor} uses {what}, which is not supported (supported: F32, F16, BF16, affine 4 and 8 bits in groups of 32, 64, 128)")]
+    #[error(
+        "tensor {tensor} uses {what}, which is not supported (supported: F32, F16, BF16, affine 4 and 8 bits in groups of 32, 64, 128, and Q8_0, Q4_K, Q6_K of GGUF)"
+    )]
     UnsupportedQuantisation {
         /// The tensor.
         tensor: String,
@@ -233,6 +251,8 @@ impl FormatError {
             Self::IndexMismatch { .. } => "index-mismatch",
             Self::Truncated { .. } => "truncated-file",
             Self::Header { .. } => "invalid-header",
+            Self::Gguf { .. } => "invalid-gguf",
+            Self::GgufMetadata { .. } => "gguf-metadata",
             Self::MissingTensor { .. } => "missing-tensor",
             Self::Shape { .. } => "wrong-shape",
             Self::Dtype { .. } => "wrong-dtype",

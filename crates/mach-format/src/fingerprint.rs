@@ -54,13 +54,19 @@ impl TryFrom<String> for Fingerprint {
 /// # Errors
 /// A read error.
 pub fn fingerprint(ck: &Checkpoint) -> Result<Fingerprint, FormatError> {
-    let config = ck.dir().join("config.json");
+    let config = match ck.metadata() {
+        Some(_) => ck.config().to_string().into_bytes(),
+        None => {
+            let path = ck.dir().join("config.json");
+            fs::read(&path).map_err(FormatError::io("read", &path))?
+        }
+    };
     let mut hasher = blake3::Hasher::new();
     let mut field = |bytes: &[u8]| {
         hasher.update(&(bytes.len() as u64).to_le_bytes());
         hasher.update(bytes);
     };
-    field(&fs::read(&config).map_err(FormatError::io("read", &config))?);
+    field(&config);
     let mut tensors: Vec<_> = ck.tensors().collect();
     tensors.sort_unstable_by_key(|(name, _)| *name);
     let sample = (BUDGET / tensors.len().max(1) as u64).clamp(MIN_SAMPLE, SAMPLE) / MIN_SAMPLE * MIN_SAMPLE;

@@ -1,4 +1,4 @@
-//! Bytes on disk: configuration, safetensors, quantised blocks, the packed layout, the expert sidecar.
+//! Bytes on disk: configuration, safetensors, GGUF, quantised blocks, the packed layout, the expert sidecar.
 
 pub mod artifact;
 pub mod checkpoint;
@@ -6,6 +6,7 @@ mod disk;
 pub mod error;
 pub mod fingerprint;
 pub mod format;
+pub mod gguf;
 pub mod matrix;
 pub mod packed;
 pub mod quant;
@@ -14,8 +15,8 @@ pub mod sidecar;
 mod tile;
 
 pub use artifact::{BuildProgress, BuildReport, ExpertSource, LayerPlan, PackPlan, write_pack, write_sidecar};
-pub use checkpoint::{Checkpoint, Dtype, TensorInfo};
-pub use disk::free_space;
+pub use checkpoint::{Checkpoint, Dtype, ElementType, TensorInfo};
+pub use disk::{forget_pages, free_space};
 pub use error::FormatError;
 pub use fingerprint::{Fingerprint, checksum, fingerprint};
 pub use format::{BlockFormat, ScaleType, WeightFormat};

@@ -7,12 +7,12 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, Files, PlainType, TensorInfo};
+use crate::checkpoint::{Checkpoint, ElementType, Files, PlainType, TensorInfo};
 use crate::disk::forget_pages;
 use crate::error::FormatError;
-use crate::format::{ScaleType, WeightFormat};
+use crate::format::{BlockFormat, ScaleType, WeightFormat};
 use crate::packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
-use crate::quant::affine;
+use crate::quant::{self, affine};
 use crate::tile::{Rows, pack_tile, row_bytes};
 
 /// Bytes that are read at once while packing.
@@ -47,7 +47,8 @@ pub struct Matrix {
 
 impl Checkpoint {
     /// The weight `{prefix}.weight` (or `prefix` itself where a tensor has that name), with `{prefix}.scales` and
-    /// `{prefix}.biases` where it is quantised. Two dimensions, or three for a stack of experts.
+    /// `{prefix}.biases` where it is quantised in MLX's groups. Two dimensions, or three for a stack of experts; one is a
+    /// single row.
     ///
     /// # Errors
     /// A missing tensor, another number of dimensions, a type or quantisation that is not read, shapes that do not
@@ -57,26 +58,38 @@ impl Checkpoint {
         let name = if self.tensor(&dotted).is_none() && self.tensor(prefix).is_some() { prefix } else { &dotted };
         let info = self.require(name)?;
         let (leading, rows, width) = match info.shape[..] {
+            [width] => (None, 1, width),
             [rows, width] => (None, rows, width),
             [leading, rows, width] => (Some(leading), rows, width),
-            _ => return Err(shape_error(name, "2 or 3 dimensions", info)),
+            _ => return Err(shape_error(name, "1 to 3 dimensions", info)),
         };
         if info.shape.contains(&0) {
             return Err(shape_error(name, "no empty dimension", info));
         }
         let plane = |info: &TensorInfo| Plane { file: info.file, offset: info.offset, row_bytes: info.bytes as usize / (rows * leading.unwrap_or(1)) };
-        let (format, cols, params) = if info.dtype == Dtype::U32 {
-            let (format, cols, scales, biases) = self.affine_params(prefix, name, info)?;
-            (format, cols, Some([plane(scales), plane(biases)]))
-        } else if info.dtype == Dtype::F32 || info.dtype == Dtype::F16 || info.dtype == Dtype::BF16 {
-            let format = match PlainType::of(name, info.dtype)? {
-                PlainType::F32 => WeightFormat::F32,
-                PlainType::F16 => WeightFormat::F16,
-                PlainType::BF16 => WeightFormat::BF16,
-            };
-            (format, width, None)
-        } else {
-            return Err(FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what: format!("{:?} weights{}", info.dtype, self.quant_method()) });
+        let unsupported = || FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what: format!("{:?} weights{}", info.dtype, self.quant_method()) };
+        let (format, cols, params) = match info.dtype {
+            ElementType::Plain(Dtype::U32) => {
+                let (format, cols, scales, biases) = self.affine_params(prefix, name, info)?;
+                (format, cols, Some([plane(scales), plane(biases)]))
+            }
+            ElementType::Plain(Dtype::U8) => {
+                let block = self.block_mode(prefix).ok_or_else(unsupported)?;
+                if !width.is_multiple_of(block.source_bytes()) {
+                    return Err(shape_error(name, &format!("rows of whole {} blocks", block.name()), info));
+                }
+                (WeightFormat::Block(block), width / block.source_bytes() * block.columns(), None)
+            }
+            ElementType::Block(ty) => (WeightFormat::Block(ty.block().ok_or_else(unsupported)?), width, None),
+            _ if info.dtype.is_float() => {
+                let format = match PlainType::of(name, info.dtype)? {
+                    PlainType::F32 => WeightFormat::F32,
+                    PlainType::F16 => WeightFormat::F16,
+                    PlainType::BF16 => WeightFormat::BF16,
+                };
+                (format, width, None)
+            }
+            _ => return Err(unsupported()),
         };
         Ok(Matrix { files: Arc::clone(&self.files), name: name.into(), layout: PackedLayout::new(rows, cols, format), leading, data: plane(info), params })
     }
@@ -86,6 +99,12 @@ impl Checkpoint {
         method.map_or(String::new(), |m| format!(" (quant_method {m})"))
     }
 
+    /// The block format that a pack of a GGUF file gives for the bytes of a module.
+    fn block_mode(&self, prefix: &str) -> Option<BlockFormat> {
+        let mode = self.config().get("quantization")?.get(prefix)?.get("mode")?;
+        serde_json::from_value(mode.clone()).ok()
+    }
+
     /// MLX's rule for a packed tensor: the config names bits and group (an exact path wins over the general
     /// entry), and the shapes of words and scales must agree.
     fn affine_params(&self, prefix: &str, name: &str, info: &TensorInfo) -> Result<(WeightFormat, usize, &TensorInfo, &TensorInfo), FormatError> {
@@ -93,10 +112,10 @@ impl Checkpoint {
         let mismatch = |expected: String, got: String| FormatError::QuantisationMismatch { tensor: name.to_owned(), expected, got };
         let scales = self.require(&format!("{prefix}.scales"))?;
         let scale_type = match scales.dtype {
-            Dtype::F16 => ScaleType::F16,
-            Dtype::BF16 => ScaleType::BF16,
-            Dtype::F32 => ScaleType::F32,
-            Dtype::U8 => return Err(unsupported("an MX or NV floating-point mode (scales of type U8)".to_owned())),
+            ElementType::Plain(Dtype::F16) => ScaleType::F16,
+            ElementType::Plain(Dtype::BF16) => ScaleType::BF16,
+            ElementType::Plain(Dtype::F32) => ScaleType::F32,
+            ElementType::Plain(Dtype::U8) => return Err(unsupported("an MX or NV floating-point mode (scales of type U8)".to_owned())),
             other => return Err(unsupported(format!("scales of type {other:?}"))),
         };
         let biases = self.require(&format!("{prefix}.biases"))?;
@@ -236,7 +255,7 @@ impl Matrix {
             WeightFormat::F16 => PlainType::F16.widen(data, out),
             WeightFormat::BF16 => PlainType::BF16.widen(data, out),
             WeightFormat::Affine { bits, group, scales: ty } => affine::dequantise_row(bits, group.into(), ty, data, scales, biases, out),
-            WeightFormat::Block(block) => unreachable!("no checkpoint has {}", block.name()),
+            WeightFormat::Block(block) => quant::dequantise_row(block, data, out),
         }
     }
 

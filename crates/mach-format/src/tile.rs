@@ -2,12 +2,13 @@
 
 use crate::format::WeightFormat;
 use crate::packed::{PackedLayout, TILE_ROWS};
+use crate::quant;
 
 /// One 64-byte line: a 4-byte word of each of 16 rows.
 const LINE: usize = TILE_ROWS * 4;
 
 /// Up to 16 consecutive rows in row-major order, as a checkpoint stores them. `scales` and `biases` are empty for
-/// plain formats; affine data is MLX's: little-endian u32 words, element `t` at bits `t·bits`.
+/// plain formats and blocks of ggml; affine data is MLX's: little-endian u32 words, element `t` at bits `t·bits`.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
     pub(crate) data: &'a [u8],
@@ -61,7 +62,7 @@ pub(crate) fn pack_tile(layout: &PackedLayout, rows: Rows<'_>, tile: &mut [u8]) 
                 }
             }
         }
-        WeightFormat::Block(block) => unreachable!("no checkpoint has {}", block.name()),
+        WeightFormat::Block(block) => quant::pack_tile(block, rows.data, data_row, layout.block_bytes(), tile),
     }
 }
 

@@ -1,3 +1,145 @@
 //! Quantised block formats, one file each.
 
 pub mod affine;
+pub(crate) mod q4_k;
+pub(crate) mod q6_k;
+pub(crate) mod q8_0;
+
+use half::f16;
+
+use crate::format::BlockFormat;
+use crate::packed::TILE_ROWS;
+
+/// How the blocks of one GGUF type are read. A new type is one file with one of these, and a line in [`CODECS`].
+pub(crate) struct Codec {
+    pub(crate) format: BlockFormat,
+    /// Number of the type in GGUF files.
+    pub(crate) ggml: u32,
+    /// One block → its values, with the roundings of ggml's own dequantisation.
+    pub(crate) dequantise: fn(&[u8], &mut [f32]),
+    /// One block of one row of a tile → its words in the lines and its entries in what follows them: the packed block
+    /// of 16 rows, the row in it.
+    pub(crate) pack: fn(&[u8], &mut [u8], usize),
+}
+
+/// Every block type that has kernels.
+static CODECS: [&Codec; 3] = [&q8_0::CODEC, &q4_k::CODEC, &q6_k::CODEC];
+
+/// The format of a GGUF type, if it can be computed with.
+pub(crate) fn block_format(ggml: u32) -> Option<BlockFormat> {
+    CODECS.iter().find(|c| c.ggml == ggml).map(|c| c.format)
+}
+
+/// Number of a block format in GGUF files.
+pub(crate) fn ggml_type(format: BlockFormat) -> u32 {
+    codec(format).ggml
+}
+
+pub(crate) fn codec(format: BlockFormat) -> &'static Codec {
+    match format {
+        BlockFormat::Q8_0 => &q8_0::CODEC,
+        BlockFormat::Q4K => &q4_k::CODEC,
+        BlockFormat::Q6K => &q6_k::CODEC,
+    }
+}
+
+/// A row of blocks → its values.
+pub(crate) fn dequantise_row(format: BlockFormat, row: &[u8], out: &mut [f32]) {
+    let dequantise = codec(format).dequantise;
+    for (block, out) in row.chunks_exact(format.source_bytes()).zip(out.chunks_exact_mut(format.columns())) {
+        dequantise(block, out);
+    }
+}
+
+/// Up to 16 rows of blocks → one tile, whose other rows are zero already. `packed` is the size of a packed block.
+pub(crate) fn pack_tile(format: BlockFormat, rows: &[u8], row_bytes: usize, packed: usize, tile: &mut [u8]) {
+    let (pack, source) = (codec(format).pack, format.source_bytes());
+    // Block after block, so that the packed block of all rows stays in the nearest cache.
+    for (b, out) in tile.chunks_exact_mut(packed).enumerate() {
+        for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
+            pack(&row[b * source..][..source], out, r);
+        }
+    }
+}
+
+fn half_at(bytes: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+/// Puts the word of `row` into line `line` of a packed block.
+fn put_word(out: &mut [u8], line: usize, row: usize, word: u32) {
+    out[(line * TILE_ROWS + row) * 4..][..4].copy_from_slice(&word.to_le_bytes());
+}
+
+/// Eight codes below 16 → byte `j` with code `j` low and `j + 4` high. Codes are the bytes of `codes`, lowest first.
+fn nibble_word(codes: u64) -> u32 {
+    codes as u32 | ((codes >> 32) as u32) << 4
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::WeightFormat;
+    use crate::packed::PackedLayout;
+
+    const FORMATS: [BlockFormat; 3] = [BlockFormat::Q8_0, BlockFormat::Q4K, BlockFormat::Q6K];
+
+    /// Protects the lossless way from blocks to tiles: every element of a tile is the value that its block says, for
+    /// full and for short tiles.
+    #[test]
+    fn tiles_hold_the_values_of_their_blocks() {
+        let mut seed = 7u32;
+        let mut byte = || {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (seed >> 24) as u8
+        };
+        for format in FORMATS {
+            for rows in [1, 5, 16] {
+                let (cols, source) = (512, format.source_bytes());
+                let layout = PackedLayout::new(rows, cols, WeightFormat::Block(format));
+                let row_bytes = cols / format.columns() * source;
+                let mut data: Vec<u8> = (0..rows * row_bytes).map(|_| byte()).collect();
+                for block in data.chunks_exact_mut(source) {
+                    // Halves of a sane size where the scales lie.
+                    for at in match format {
+                        BlockFormat::Q8_0 => vec![1],
+                        BlockFormat::Q4K => vec![1, 3],
+                        BlockFormat::Q6K => vec![209],
+                    } {
+                        block[at] = 0x20 | block[at] & 0x0f;
+                    }
+                }
+                let mut tile = vec![0; layout.tile_bytes()];
+                pack_tile(format, &data, row_bytes, layout.block_bytes(), &mut tile);
+                let mut values = vec![0.0; cols];
+                for r in 0..TILE_ROWS {
+                    if r < rows {
+                        dequantise_row(format, &data[r * row_bytes..][..row_bytes], &mut values);
+                    } else {
+                        values.fill(0.0);
+                    }
+                    for (c, want) in values.iter().enumerate() {
+                        let got = layout.element(&tile, r, c);
+                        // The tile's rule is one fused rounding, ggml's are two.
+                        assert!((got - want).abs() <= 1e-4 * want.abs().max(0.05), "{format:?} row {r} column {c}: {got} {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Protects the table: every format is found by its number.
+    #[test]
+    fn formats_have_numbers() {
+        for format in FORMATS {
+            assert_eq!(block_format(ggml_type(format)), Some(format));
+        }
+        assert_eq!(block_format(0), None);
+    }
+}

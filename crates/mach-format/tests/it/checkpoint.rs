@@ -120,7 +120,7 @@ fn wrong_tensors_are_named() {
     let dir = tempdir().unwrap();
     let ids = tensor("ids", "I64", &[1], vec![0; 8]);
     let fp8 = tensor("fp8.weight", "F8_E4M3", &[2, 2], vec![0; 4]);
-    write(dir.path(), &json!({}), &[ids, fp8, plain("v.weight", "F32", &[3], &[0.0; 3]), plain("empty", "F32", &[0, 4], &[])]);
+    write(dir.path(), &json!({}), &[ids, fp8, plain("v.weight", "F32", &[1, 1, 1, 3], &[0.0; 3]), plain("empty", "F32", &[0, 4], &[])]);
     let ck = Checkpoint::open(dir.path()).unwrap();
     let name = |r: Result<_, FormatError>| r.err().map(|e| (e.code(), e.to_string()));
     let (code, text) = name(ck.read_f32("ids").map(drop)).unwrap();
