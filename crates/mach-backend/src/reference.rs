@@ -377,7 +377,7 @@ impl Backend for Reference {
                     x.iter().map(|x| x * inv).collect::<Vec<_>>()
                 };
                 for h in 0..spec.v_heads {
-                    let kh = h / (spec.v_heads / spec.k_heads);
+                    let kh = spec.key_head(h);
                     let q: Vec<f32> = l2(&mixed[kh * dk..(kh + 1) * dk]).iter().map(|x| x / (dk as f32).sqrt()).collect();
                     let k = l2(&mixed[(spec.k_heads + kh) * dk..][..dk]);
                     let v = &mixed[2 * spec.k_heads * dk + h * dv..][..dv];

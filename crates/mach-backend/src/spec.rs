@@ -89,7 +89,7 @@ pub struct Segment<'a> {
     pub blocks: &'a [u32],
 }
 
-/// Gated delta net of one layer. Value head `h` uses key head `h / (v_heads / k_heads)`.
+/// Gated delta net of one layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GdnSpec {
     /// Query/key heads.
@@ -104,9 +104,16 @@ pub struct GdnSpec {
     pub kernel: usize,
     /// Epsilon of the gated norm.
     pub eps: f32,
+    /// Value heads of a key head lie `k_heads` apart (ggml's order) instead of side by side.
+    pub tiled: bool,
 }
 
 impl GdnSpec {
+    /// The key head that a value head uses.
+    pub const fn key_head(&self, value_head: usize) -> usize {
+        if self.tiled { value_head % self.k_heads } else { value_head / (self.v_heads / self.k_heads) }
+    }
+
     /// Channels of the conv: q, k and v heads.
     pub const fn channels(&self) -> usize {
         2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim

@@ -73,7 +73,7 @@ fn best(mut f: impl FnMut()) -> f64 {
 fn mixers(cpu: &Cpu) {
     let mut rng = Rng::new(2);
     let mut random = |rows: usize, cols: usize| tensor(cpu, cols, &rng.normals(rows * cols));
-    let spec = GdnSpec { k_heads: 16, v_heads: 32, k_dim: 128, v_dim: 128, kernel: 4, eps: 1e-6 };
+    let spec = GdnSpec { k_heads: 16, v_heads: 32, k_dim: 128, v_dim: 128, kernel: 4, eps: 1e-6, tiled: false };
     let (conv, norm, neg_exp_a, dt_bias) = (random(4, spec.channels()), random(1, 128), random(1, 32), random(1, 32));
     let w = GdnWeights { conv: &conv, neg_exp_a: &neg_exp_a, dt_bias: &dt_bias, norm: &norm };
     for rows in [1, 512] {

@@ -8,11 +8,11 @@ use mach_backend::{Backend, GdnSegment, GdnSpec, GdnWeights};
 use mach_cpu::KernelSet;
 
 const SPECS: [GdnSpec; 5] = [
-    GdnSpec { k_heads: 2, v_heads: 4, k_dim: 16, v_dim: 32, kernel: 4, eps: 1e-6 },
-    GdnSpec { k_heads: 1, v_heads: 3, k_dim: 24, v_dim: 20, kernel: 2, eps: 1e-5 },
-    GdnSpec { k_heads: 2, v_heads: 2, k_dim: 8, v_dim: 48, kernel: 8, eps: 1e-6 },
-    GdnSpec { k_heads: 1, v_heads: 2, k_dim: 128, v_dim: 128, kernel: 4, eps: 1e-6 },
-    GdnSpec { k_heads: 1, v_heads: 1, k_dim: 12, v_dim: 16, kernel: 3, eps: 1e-6 },
+    GdnSpec { k_heads: 2, v_heads: 4, k_dim: 16, v_dim: 32, kernel: 4, eps: 1e-6, tiled: true },
+    GdnSpec { k_heads: 2, v_heads: 6, k_dim: 24, v_dim: 20, kernel: 2, eps: 1e-5, tiled: false },
+    GdnSpec { k_heads: 2, v_heads: 2, k_dim: 8, v_dim: 48, kernel: 8, eps: 1e-6, tiled: false },
+    GdnSpec { k_heads: 1, v_heads: 2, k_dim: 128, v_dim: 128, kernel: 4, eps: 1e-6, tiled: false },
+    GdnSpec { k_heads: 1, v_heads: 1, k_dim: 12, v_dim: 16, kernel: 3, eps: 1e-6, tiled: false },
 ];
 
 const TOKENS: usize = 37;

@@ -143,7 +143,7 @@ pub(crate) fn gdn(
     let out = Shared::new(out.values_mut());
     cx.pool.run(parts.len() * spec.v_heads, &|task| {
         let (part, head) = (&parts[task / spec.v_heads], task % spec.v_heads);
-        let key = head / (spec.v_heads / spec.k_heads);
+        let key = spec.key_head(head);
         let row = part.row;
         // SAFETY: a task has its head of its sequence's state and of the output to itself.
         unsafe {
