@@ -48,6 +48,7 @@ const INERT: &[&str] = &[
     "vision_end_token_id",
     "vision_start_token_id",
     "vocab_size_in_config",
+    "weight_convention",
 ];
 
 /// Parts of a name that make an unknown field suspicious: it probably changes the maths.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mach_experts::{CheckpointSource, RecordSource, SidecarSource};
-use mach_format::{FormatError, SIDECAR_DIR, Sidecar, fingerprint};
+use mach_format::{FormatError, Sidecar, fingerprint};
 
 use crate::ModelError;
 use crate::spec::MoeSpec;
@@ -22,23 +22,23 @@ pub fn open_experts(files: &Resolved, sidecar: Option<&Path>) -> Result<Option<A
         return Ok(None);
     }
     let ck = files.checkpoint();
-    let beside = ck.dir().join(SIDECAR_DIR);
+    let beside = ck.sidecar_dir();
     let dir = sidecar.or_else(|| beside.is_dir().then_some(&beside));
     let Some(dir) = dir else {
         let Some(layers) = files.experts() else {
             return Err(ModelError::NoExperts {
-                path: ck.dir().display().to_string(),
+                path: ck.path().display().to_string(),
                 reason: "there is no expert_sidecar folder; copy the whole pack".to_owned(),
             });
         };
         let experts = moe[0].1.router.experts;
-        return Ok(Some(Arc::new(CheckpointSource::new(ck.dir().to_owned(), experts, layers))));
+        return Ok(Some(Arc::new(CheckpointSource::new(ck.path().to_owned(), experts, layers))));
     };
     let opened = match Sidecar::open(dir, &fingerprint(ck)?) {
         // A build that was interrupted beside a checkpoint that can do without: say so only where it was asked for.
         Err(FormatError::SidecarMissing { .. }) if sidecar.is_none() && files.experts().is_some() => {
             let layers = files.experts().unwrap_or_default();
-            return Ok(Some(Arc::new(CheckpointSource::new(ck.dir().to_owned(), moe[0].1.router.experts, layers))));
+            return Ok(Some(Arc::new(CheckpointSource::new(ck.path().to_owned(), moe[0].1.router.experts, layers))));
         }
         other => other?,
     };

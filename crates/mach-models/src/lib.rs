@@ -4,6 +4,7 @@ pub mod config;
 mod error;
 mod experts;
 pub mod families;
+pub mod gguf;
 pub mod layers;
 mod model;
 pub mod plan;
@@ -15,6 +16,7 @@ mod workspace;
 
 pub use error::ModelError;
 pub use experts::open_experts;
+pub use gguf::{gguf_file, open_checkpoint};
 pub use layers::moe::{ForcedRoutes, RouteLog};
 pub use model::{Forward, Model, ModelOptions, Row, Want};
 pub use plan::{MemoryPlan, PlanOptions, ResidencyChoice};

@@ -6,6 +6,7 @@ use serde_json::Value;
 use crate::ModelError;
 use crate::config::Fields;
 use crate::families;
+use crate::gguf::GgufArch;
 use crate::spec::ModelSpec;
 use crate::tensors::WeightNames;
 
@@ -37,6 +38,8 @@ pub struct MoeArchAdapter {
     pub one_plus_norm: bool,
     /// Tensor names.
     pub names: &'static WeightNames,
+    /// The family in GGUF files.
+    pub gguf: &'static GgufArch,
     /// Reads the config of the text model.
     pub parse: fn(&Fields<'_>) -> Result<ModelSpec, ModelError>,
 }
@@ -47,7 +50,7 @@ impl MoeArchAdapter {
         serde_json::json!({
             "model_type": self.model_type, "reference": self.reference, "activation": self.activation, "stacked": self.stacked,
             "expert_bias": self.expert_bias, "wrapped": self.wrapped, "bits": self.bits, "group_size": self.group_size,
-            "layouts": self.layouts, "notes": self.notes,
+            "layouts": self.layouts, "gguf": self.gguf.name, "notes": self.notes,
         })
     }
 }

@@ -4,9 +4,10 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use mach_backend::{AttentionSpec, GdnSpec};
-use mach_format::{Checkpoint, Dtype, ExpertSource, LayerPlan, Matrix, PackPlan, ScaleType, WeightFormat};
+use mach_format::{Checkpoint, ExpertSource, LayerPlan, Matrix, PackPlan, ScaleType, WeightFormat};
 
 use crate::ModelError;
+use crate::gguf::has_gguf_weights;
 use crate::registry::MoeArchAdapter;
 use crate::spec::{FfnSpec, MixerSpec, ModelSpec, MoeSpec};
 
@@ -22,6 +23,8 @@ pub struct WeightNames {
     pub gdn: [&'static str; 5],
     /// conv, A_log, dt_bias and norm of the delta net, as full names.
     pub gdn_small: [&'static str; 4],
+    /// `−exp(A_log)` where a file has that.
+    pub gdn_neg_exp: &'static str,
     /// Router.
     pub router: &'static str,
     /// Fused gate|up and down of all experts.
@@ -45,6 +48,7 @@ pub static QWEN: WeightNames = WeightNames {
     attention: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm"],
     gdn: ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a", "linear_attn.out_proj"],
     gdn_small: ["linear_attn.conv1d.weight", "linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight"],
+    gdn_neg_exp: "linear_attn.neg_exp_A",
     router: "mlp.gate",
     fused: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     each: ["mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"],
@@ -81,9 +85,17 @@ pub struct GdnTensors {
     pub(crate) a: Matrix,
     pub(crate) o: Matrix,
     pub(crate) conv: String,
-    pub(crate) a_log: String,
+    pub(crate) decay: Decay,
     pub(crate) dt_bias: String,
     pub(crate) norm: String,
+}
+
+/// How the decays of a delta net are stored.
+pub(crate) enum Decay {
+    /// `A_log`.
+    Log(String),
+    /// `−exp(A_log)`.
+    NegExp(String),
 }
 
 /// A feed-forward block that is always active.
@@ -302,7 +314,7 @@ impl Resolved {
         let ends = bits.map(|(_, group)| WeightFormat::Affine { bits: 8, group, scales: ScaleType::F16 });
         let [embed, head] = [&self.embed, &self.head].map(|m| m.name().to_owned());
         let experts = self.experts().ok_or_else(|| ModelError::NoExperts {
-            path: self.ck.dir().display().to_string(),
+            path: self.ck.path().display().to_string(),
             reason: "this is a pack; build from the checkpoint that it was made of".to_owned(),
         })?;
         let mut kept_modules = HashSet::new();
@@ -349,7 +361,7 @@ fn module_of(tensor: &str) -> &str {
     [".weight", ".scales", ".biases"].iter().find_map(|s| tensor.strip_suffix(s)).unwrap_or(tensor)
 }
 
-/// MLX files store `1 + w`; the shape of the conv (or the stacked experts, where there is none) tells them apart.
+/// MLX and GGUF files store `1 + w`; the shape of the conv (or the stacked experts, where there is none) tells MLX's apart.
 fn norm_form(ck: &Checkpoint, arch: &MoeArchAdapter, layers: &[LayerTensors]) -> NormForm {
     let conv = layers.iter().find_map(|l| match &l.mixer {
         MixerTensors::Gdn(g) => ck.tensor(&g.conv),
@@ -359,7 +371,7 @@ fn norm_form(ck: &Checkpoint, arch: &MoeArchAdapter, layers: &[LayerTensors]) ->
         Some(info) => info.shape.len() == 3 && info.shape[1] != 1,
         None => ck.tensors().any(|(name, _)| name.contains(".switch_mlp.")),
     };
-    if arch.one_plus_norm && !mlx { NormForm::OnePlus } else { NormForm::Plain }
+    if arch.one_plus_norm && !mlx && !has_gguf_weights(ck) { NormForm::OnePlus } else { NormForm::Plain }
 }
 
 struct Resolver<'a> {
@@ -393,8 +405,7 @@ impl Resolver<'_> {
     /// A tensor of `len` values, whatever its dimensions.
     fn vector(&mut self, name: String, len: usize) -> Result<String, ModelError> {
         let info = self.ck.require(&name)?;
-        let plain = matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
-        if info.shape.iter().product::<usize>() != len || !plain {
+        if info.shape.iter().product::<usize>() != len || !info.dtype.is_float() {
             return Err(ModelError::Shape { name, expected: format!("{len} floats"), got: format!("{:?} of {:?}", info.shape, info.dtype) });
         }
         self.used.insert(name.clone());
@@ -418,6 +429,9 @@ impl Resolver<'_> {
         let [qkv, z, b, a, o] = names.gdn.map(at);
         let [conv, a_log, dt_bias, norm] = names.gdn_small.map(at);
         let values = g.v_heads * g.v_dim;
+        let neg_exp = at(names.gdn_neg_exp);
+        let decay =
+            if self.ck.tensor(&neg_exp).is_some() { Decay::NegExp(self.vector(neg_exp, g.v_heads)?) } else { Decay::Log(self.vector(a_log, g.v_heads)?) };
         Ok(GdnTensors {
             qkv: self.matrix(&qkv, g.channels(), hidden)?,
             z: self.matrix(&z, values, hidden)?,
@@ -425,7 +439,7 @@ impl Resolver<'_> {
             a: self.matrix(&a, g.v_heads, hidden)?,
             o: self.matrix(&o, hidden, values)?,
             conv: self.vector(conv, g.channels() * g.kernel)?,
-            a_log: self.vector(a_log, g.v_heads)?,
+            decay,
             dt_bias: self.vector(dt_bias, g.v_heads)?,
             norm: self.vector(norm, g.v_dim)?,
         })
@@ -457,7 +471,9 @@ impl Resolver<'_> {
         let first = names.each.map(|n| n.replace("{}", "0"));
         let plan = if has(names.fused[0]) {
             let gate_up = self.stack(&at(names.fused[0]), experts, 2 * m.inner, hidden)?;
-            let down = self.stack(&at(names.fused[1]), experts, hidden, m.inner)?;
+            // Some files fuse only gate and up.
+            let down = at(if has(names.fused[1]) { names.fused[1] } else { names.switch[2] });
+            let down = self.stack(&down, experts, hidden, m.inner)?;
             let half = |rows| ExpertSource::StackedRows(gate_up.clone(), rows);
             Some((half(0..m.inner), half(m.inner..2 * m.inner), ExpertSource::Stacked(down)))
         } else if has(names.switch[0]) {

@@ -2,11 +2,12 @@
 //! shared expert in every layer.
 
 use mach_backend::{Activation, AttentionSpec, GdnSpec, RouterSpec};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::qwen3_moe::{check_heads, check_router};
+use super::qwen3_moe::{QWEN_GGUF, check_heads, check_router, qwen_config};
 use crate::ModelError;
 use crate::config::{Fields, rope};
+use crate::gguf::{GgufArch, Meta, gguf_weights};
 use crate::registry::MoeArchAdapter;
 use crate::spec::{FfnSpec, LayerSpec, MixerSpec, ModelSpec, MoeSpec};
 use crate::tensors::QWEN;
@@ -26,8 +27,33 @@ pub static ADAPTER: MoeArchAdapter = MoeArchAdapter {
     notes: "gated delta net and gated attention layers, gated shared expert; vision and mtp tensors are recognised and not used",
     one_plus_norm: true,
     names: &QWEN,
+    gguf: &GgufArch { name: "qwen35moe", names: &QWEN_GGUF, config: config_of },
     parse,
 };
+
+/// The configuration that the metadata of a GGUF file stands for.
+fn config_of(m: &Meta<'_>) -> Result<Map<String, Value>, ModelError> {
+    let layers = m.layers()?;
+    let value_heads = m.size("ssm.time_step_rank")?;
+    let interval = m.size_or("full_attention_interval", 4)?.max(1);
+    let types: Vec<&str> = match m.flags("attention.recurrent_layers")? {
+        Some(recurrent) => recurrent.iter().take(layers).map(|&r| if r { "linear_attention" } else { "full_attention" }).collect(),
+        None => (1..=layers).map(|i| if i % interval == 0 { "full_attention" } else { "linear_attention" }).collect(),
+    };
+    // Sections of image positions; text has equal ones.
+    m.skip("rope.dimension_sections");
+    let mut config = qwen_config(m, "qwen3_5_moe")?;
+    config.extend([
+        ("layer_types".to_owned(), json!(types)),
+        ("linear_num_key_heads".to_owned(), json!(m.size("ssm.group_count")?)),
+        ("linear_num_value_heads".to_owned(), json!(value_heads)),
+        ("linear_key_head_dim".to_owned(), json!(m.size("ssm.state_size")?)),
+        ("linear_value_head_dim".to_owned(), json!(m.size("ssm.inner_size")? / value_heads)),
+        ("linear_conv_kernel_dim".to_owned(), json!(m.size("ssm.conv_kernel")?)),
+        ("shared_expert_intermediate_size".to_owned(), json!(m.size("expert_shared_feed_forward_length")?)),
+    ]);
+    Ok(config)
+}
 
 fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let head_dim = c.size_or("head_dim", 256)?;
@@ -48,6 +74,8 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         v_dim: c.size_or("linear_value_head_dim", 128)?,
         kernel: c.size_or("linear_conv_kernel_dim", 4)?,
         eps,
+        // What a GGUF file is turned into says so: see `gguf.rs`.
+        tiled: gguf_weights(c)?,
     };
     if gdn.k_heads == 0 || !gdn.v_heads.is_multiple_of(gdn.k_heads) {
         return Err(c.wrong("linear_num_value_heads", format!("is {}, not a multiple of {} key heads", gdn.v_heads, gdn.k_heads)));

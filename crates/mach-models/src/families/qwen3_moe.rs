@@ -1,10 +1,11 @@
 //! Qwen3-MoE: attention with per-head q/k norm in every layer, experts or a dense block.
 
 use mach_backend::{Activation, AttentionSpec, RouterSpec};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use crate::ModelError;
 use crate::config::{Fields, rope};
+use crate::gguf::{GgufArch, GgufNames, Meta};
 use crate::registry::MoeArchAdapter;
 use crate::spec::{FfnSpec, LayerSpec, MixerSpec, ModelSpec, MoeSpec};
 use crate::tensors::QWEN;
@@ -24,8 +25,84 @@ pub static ADAPTER: MoeArchAdapter = MoeArchAdapter {
     notes: "softmax router, norm_topk_prob as the config says (absent: false), dense layers by mlp_only_layers and decoder_sparse_step",
     one_plus_norm: false,
     names: &QWEN,
+    gguf: &GgufArch { name: "qwen3moe", names: &QWEN_GGUF, config: config_of },
     parse,
 };
+
+/// Names of both families in GGUF files.
+pub(super) static QWEN_GGUF: GgufNames = GgufNames {
+    model: &[("token_embd.weight", "model.embed_tokens.weight"), ("output_norm.weight", "model.norm.weight"), ("output.weight", "lm_head.weight")],
+    layers: "model.layers.",
+    layer: &[
+        ("attn_norm.weight", "input_layernorm.weight"),
+        ("ffn_norm.weight", "post_attention_layernorm.weight"),
+        ("post_attention_norm.weight", "post_attention_layernorm.weight"),
+        ("attn_q.weight", "self_attn.q_proj.weight"),
+        ("attn_k.weight", "self_attn.k_proj.weight"),
+        ("attn_v.weight", "self_attn.v_proj.weight"),
+        ("attn_output.weight", "self_attn.o_proj.weight"),
+        ("attn_q_norm.weight", "self_attn.q_norm.weight"),
+        ("attn_k_norm.weight", "self_attn.k_norm.weight"),
+        ("attn_qkv.weight", "linear_attn.in_proj_qkv.weight"),
+        ("attn_gate.weight", "linear_attn.in_proj_z.weight"),
+        ("ssm_beta.weight", "linear_attn.in_proj_b.weight"),
+        ("ssm_alpha.weight", "linear_attn.in_proj_a.weight"),
+        ("ssm_conv1d.weight", "linear_attn.conv1d.weight"),
+        ("ssm_a", "linear_attn.neg_exp_A"),
+        ("ssm_dt.bias", "linear_attn.dt_bias"),
+        ("ssm_norm.weight", "linear_attn.norm.weight"),
+        ("ssm_out.weight", "linear_attn.out_proj.weight"),
+        ("ffn_gate_inp.weight", "mlp.gate.weight"),
+        ("ffn_gate_up_exps.weight", "mlp.experts.gate_up_proj.weight"),
+        ("ffn_gate_exps.weight", "mlp.switch_mlp.gate_proj.weight"),
+        ("ffn_up_exps.weight", "mlp.switch_mlp.up_proj.weight"),
+        ("ffn_down_exps.weight", "mlp.switch_mlp.down_proj.weight"),
+        ("ffn_gate_inp_shexp.weight", "mlp.shared_expert_gate.weight"),
+        ("ffn_gate_shexp.weight", "mlp.shared_expert.gate_proj.weight"),
+        ("ffn_up_shexp.weight", "mlp.shared_expert.up_proj.weight"),
+        ("ffn_down_shexp.weight", "mlp.shared_expert.down_proj.weight"),
+        ("ffn_gate.weight", "mlp.gate_proj.weight"),
+        ("ffn_up.weight", "mlp.up_proj.weight"),
+        ("ffn_down.weight", "mlp.down_proj.weight"),
+    ],
+    draft: "mtp.",
+};
+
+fn config_of(m: &Meta<'_>) -> Result<Map<String, Value>, ModelError> {
+    let mut config = qwen_config(m, "qwen3_moe")?;
+    // ggml always divides by the sum of the chosen weights.
+    config.insert("norm_topk_prob".to_owned(), json!(true));
+    config.insert("intermediate_size".to_owned(), json!(m.size_or("feed_forward_length", 0)?));
+    Ok(config)
+}
+
+/// What the metadata of both families have in common, in the words of a `config.json`.
+pub(super) fn qwen_config(m: &Meta<'_>, model_type: &str) -> Result<Map<String, Value>, ModelError> {
+    let (hidden, heads) = (m.size("embedding_length")?, m.size("attention.head_count")?);
+    let head_dim = m.size_or("attention.key_length", hidden / heads)?;
+    for (key, only) in [("attention.value_length", head_dim), ("expert_gating_func", 1), ("expert_weights_norm", 1), ("expert_weights_scale", 1)] {
+        m.only(key, only)?;
+    }
+    // How many shared experts there are: their width counts.
+    m.skip("expert_shared_count");
+    m.skip("expert_group_count");
+    m.skip("expert_group_used_count");
+    let rotary = m.size_or("rope.dimension_count", head_dim)?;
+    let mut rope = json!({ "rope_theta": m.number_or("rope.freq_base", 10_000.0)?, "partial_rotary_factor": rotary as f64 / head_dim as f64 });
+    if let Some(kind) = m.text("rope.scaling.type")?.filter(|kind| *kind != "none") {
+        rope["rope_type"] = json!(kind);
+        rope["factor"] = json!(m.number_or("rope.scaling.factor", 1.0)?);
+    }
+    let config = json!({
+        "model_type": model_type, "vocab_size": m.vocab(), "tie_word_embeddings": m.tied(), "hidden_size": hidden, "num_hidden_layers": m.layers()?,
+        "num_attention_heads": heads, "num_key_value_heads": m.size_or("attention.head_count_kv", heads)?, "head_dim": head_dim,
+        "rms_norm_eps": m.number_or("attention.layer_norm_rms_epsilon", 1e-6)?, "rope_parameters": rope,
+        "max_position_embeddings": m.size_or("context_length", 32_768)?, "num_experts": m.size("expert_count")?,
+        "num_experts_per_tok": m.size("expert_used_count")?, "moe_intermediate_size": m.size("expert_feed_forward_length")?,
+    });
+    let Value::Object(config) = config else { unreachable!("an object was written") };
+    Ok(config)
+}
 
 fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let hidden = c.size("hidden_size")?;
@@ -58,7 +135,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     check_router(c, &moe)?;
     let step = c.size_or("decoder_sparse_step", 1)?.max(1);
     let dense = FfnSpec::Dense { inner: c.size_or("intermediate_size", 6144)?, activation: Activation::SwiGlu };
-    let mlp_only: Vec<u64> = c.list_opt("mlp_only_layers")?.into_iter().flatten().filter_map(serde_json::Value::as_u64).collect();
+    let mlp_only: Vec<u64> = c.list_opt("mlp_only_layers")?.into_iter().flatten().filter_map(Value::as_u64).collect();
     let layers = (0..c.size_or("num_hidden_layers", 24)?)
         .map(|i| LayerSpec {
             mixer: MixerSpec::Attention(attention),

@@ -4,7 +4,7 @@ use mach_backend::{Backend, GdnSegment, GdnSpec, GdnWeights};
 
 use super::{vector, weight_f32};
 use crate::ModelError;
-use crate::tensors::{GdnTensors, Resolved};
+use crate::tensors::{Decay, GdnTensors, Resolved};
 use crate::workspace::Workspace;
 
 /// Weights of one layer.
@@ -31,7 +31,10 @@ impl<B: Backend> Gdn<B> {
             let row: Vec<f32> = (0..channels).map(|c| channel_major[c * kernel + tap]).collect();
             backend.upload(&mut conv, tap, &row);
         }
-        let neg_exp_a: Vec<f32> = files.ck.read_f32(&t.a_log)?.iter().map(|a| -a.exp()).collect();
+        let neg_exp_a = match &t.decay {
+            Decay::Log(name) => files.ck.read_f32(name)?.iter().map(|a| -a.exp()).collect(),
+            Decay::NegExp(name) => files.ck.read_f32(name)?,
+        };
         Ok(Self {
             spec,
             qkv: backend.weight(t.qkv.pack()?),
