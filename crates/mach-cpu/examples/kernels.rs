@@ -32,7 +32,7 @@ fn main() {
     );
     for set in KernelSet::available().into_iter().rev() {
         for threads in [1, threads] {
-            let cpu = Cpu::new(CpuOptions { threads: Some(threads), kernels: Some(set) }).expect("an available kernel set");
+            let cpu = Cpu::new(CpuOptions { threads: Some(threads), kernels: Some(set), ..CpuOptions::default() }).expect("an available kernel set");
             for format in formats {
                 let time = Duration::from_secs_f64(if set == KernelSet::Scalar { seconds / 4.0 } else { seconds });
                 let mut rng = Rng::new(1);

@@ -83,6 +83,16 @@ impl KernelSet {
     }
 }
 
+/// Bits of the integers that activations are rounded to where they meet quantised weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ActivationBits {
+    /// Half the work of a prefill, at the precision that llama.cpp has.
+    Eight,
+    /// Routes and tokens as with f32 activations, but for one in some thousands.
+    #[default]
+    Sixteen,
+}
+
 /// How to make a [`Cpu`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CpuOptions {
@@ -90,12 +100,15 @@ pub struct CpuOptions {
     pub threads: Option<usize>,
     /// Kernel set; when `None`, `MACH_KERNELS`, else the best proven one.
     pub kernels: Option<KernelSet>,
+    /// Precision of activations.
+    pub activation_bits: ActivationBits,
 }
 
 /// The CPU backend.
 pub struct Cpu {
     pool: Pool,
     kernels: &'static kernels::Kernels,
+    activation_bits: ActivationBits,
     scratch: Mutex<Scratch>,
 }
 
@@ -115,7 +128,7 @@ impl Cpu {
             Some(n) => n,
             None => std::thread::available_parallelism().map_or(1, |n| n.get()),
         };
-        Ok(Self { pool: Pool::new(threads)?, kernels, scratch: Mutex::default() })
+        Ok(Self { pool: Pool::new(threads)?, kernels, activation_bits: options.activation_bits, scratch: Mutex::default() })
     }
 
     /// The kernel set in use.
@@ -129,7 +142,11 @@ impl Cpu {
     }
 
     fn cx(&self) -> Context<'_> {
-        Context { pool: &self.pool, k: self.kernels }
+        let planes = match self.activation_bits {
+            ActivationBits::Eight => 1,
+            ActivationBits::Sixteen => 2,
+        };
+        Context { pool: &self.pool, k: self.kernels, planes }
     }
 
     /// Scratch holds nothing between operations, so one that a panic left behind is as good as new.

@@ -15,7 +15,7 @@ fn a_set_that_the_processor_lacks_is_an_error() {
     let have = KernelSet::available();
     assert!(have.contains(&KernelSet::Scalar) && have.contains(&KernelSet::automatic()));
     for set in KernelSet::ALL {
-        match Cpu::new(CpuOptions { threads: Some(1), kernels: Some(set) }) {
+        match Cpu::new(CpuOptions { threads: Some(1), kernels: Some(set), ..CpuOptions::default() }) {
             Ok(cpu) => assert!(have.contains(&set) && cpu.kernel_set() == set),
             Err(e) => assert!(!have.contains(&set) && e.code() == "unsupported-kernels", "{e}"),
         }
@@ -24,5 +24,5 @@ fn a_set_that_the_processor_lacks_is_an_error() {
 
 #[test]
 fn no_threads_is_an_error() {
-    assert!(matches!(Cpu::new(CpuOptions { threads: Some(0), kernels: None }), Err(CpuError::NoThreads)));
+    assert!(matches!(Cpu::new(CpuOptions { threads: Some(0), ..CpuOptions::default() }), Err(CpuError::NoThreads)));
 }

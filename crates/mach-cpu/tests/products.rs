@@ -30,7 +30,7 @@ fn heavy_tailed(rng: &mut Rng, n: usize) -> Vec<f32> {
 #[test]
 fn kernel_sets_and_threads_agree_on_every_format_and_odd_shapes() {
     let mut rng = Rng::new(1);
-    let cpus = cpus();
+    let (cpus, cpus8) = (cpus(), cpus8());
     for format in FORMATS {
         let shapes: &[(usize, usize)] = match format {
             WeightFormat::Affine { .. } => &[(16, 128), (100, 256), (257, 384)],
@@ -41,9 +41,11 @@ fn kernel_sets_and_threads_agree_on_every_format_and_odd_shapes() {
             let m = random_matrix(&mut rng, out, cols, format);
             for rows in [1, 2, 3, 5, 67] {
                 let x = heavy_tailed(&mut rng, rows * cols);
-                let want = product(&cpus[0], &m, &x, rows);
-                for cpu in &cpus[1..] {
-                    assert_bytes(&product(cpu, &m, &x, rows), &want, &format!("{format} [{out}, {cols}] x {rows} rows, {}", label(cpu)));
+                for cpus in [&cpus, &cpus8] {
+                    let want = product(&cpus[0], &m, &x, rows);
+                    for cpu in &cpus[1..] {
+                        assert_bytes(&product(cpu, &m, &x, rows), &want, &format!("{format} [{out}, {cols}] x {rows} rows, {}", label(cpu)));
+                    }
                 }
             }
         }
@@ -58,8 +60,8 @@ fn a_row_does_not_depend_on_the_rows_beside_it() {
         let (out, cols) = if format.is_quantised() { (80, 2304) } else { (35, 130) };
         let m = random_matrix(&mut rng, out, cols, format);
         let x = heavy_tailed(&mut rng, 66 * cols);
-        for set in KernelSet::available() {
-            let cpu = &cpu(set, 2);
+        for cpu in KernelSet::available().into_iter().flat_map(|set| [cpu(set, 2), cpu8(set, 2)]) {
+            let cpu = &cpu;
             let all = product(cpu, &m, &x, 66);
             for width in [1, 2, 3, 4, 8, 16, 64] {
                 for first in [0, 66 - width] {
@@ -74,11 +76,13 @@ fn a_row_does_not_depend_on_the_rows_beside_it() {
 #[test]
 fn products_are_right() {
     let mut rng = Rng::new(3);
-    let cpu = cpu(KernelSet::automatic(), 2);
+    let (cpu, cpu8) = (cpu(KernelSet::automatic(), 2), cpu8(KernelSet::automatic(), 2));
     for format in FORMATS {
         for (out, cols) in [(40, 256), (200, 512)] {
             let m = random_matrix(&mut rng, out, cols, format);
             let x = rng.normals(5 * cols);
+            let e8 = error(&product(&cpu8, &m, &x, 5), &exact(&m, &x));
+            assert!(e8 < if format.is_quantised() && out > 64 { 1.5e-2 } else { 1e-6 }, "{format} [{out}, {cols}], 8 bits: error {e8}");
             let e = error(&product(&cpu, &m, &x, 5), &exact(&m, &x));
             // 16-bit activations: rounding of 1/65,024 of the block's maximum, averaged over hundreds of columns.
             let bound = if format.is_quantised() && out > 64 { 5e-5 } else { 1e-6 };

@@ -36,7 +36,7 @@ fn engine(set: &str, context: usize) -> EngineHandle {
         weight_bytes: 0,
         signals: Vec::new(),
     };
-    let cpu = Arc::new(Cpu::new(CpuOptions { threads: Some(1), kernels: None }).unwrap());
+    let cpu = Arc::new(Cpu::new(CpuOptions { threads: Some(1), ..CpuOptions::default() }).unwrap());
     let model = Model::load(cpu, &files, source, ModelOptions { plan, readers: 1, progress: &mut |_, _, _| {} }).unwrap();
     mach_engine::start(model, info).unwrap()
 }

@@ -10,7 +10,7 @@ use mach_models::{Row, Sequence, Want};
 use support::{Run, SETS, golden, load, logits};
 
 fn cpu(kernels: KernelSet, threads: usize) -> Arc<Cpu> {
-    Arc::new(Cpu::new(CpuOptions { threads: Some(threads), kernels: Some(kernels) }).unwrap())
+    Arc::new(Cpu::new(CpuOptions { threads: Some(threads), kernels: Some(kernels), ..CpuOptions::default() }).unwrap())
 }
 
 fn tokens(n: usize) -> Vec<u32> {

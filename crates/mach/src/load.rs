@@ -6,10 +6,10 @@ use std::sync::Arc;
 use mach_backend::{Backend, KvType, Reference};
 use mach_cpu::{Cpu, CpuOptions};
 use mach_engine::{EngineHandle, EngineInfo};
+use mach_experts::trace::{Recorder, TraceHeader};
 use mach_experts::{RecordSource, Residency};
-use mach_format::Checkpoint;
 use mach_models::plan::{BankSize, Sizes};
-use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, ResidencyChoice, Resolved, open_experts};
+use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, ResidencyChoice, Resolved, open_checkpoint, open_experts};
 use mach_session::{Session, TextModel};
 
 use crate::estimate::{Estimate, estimate};
@@ -48,6 +48,8 @@ pub struct LoadOptions {
     pub backend: BackendKind,
     /// An expert sidecar elsewhere than beside the checkpoint.
     pub sidecar: Option<PathBuf>,
+    /// Writes which experts are used.
+    pub trace: Option<Recorder>,
 }
 
 /// A model that was found and planned, its weights not yet read.
@@ -112,7 +114,7 @@ pub(crate) struct Found {
 
 impl Found {
     pub fn open(path: ModelPath, sidecar: Option<&Path>) -> Result<Self, Error> {
-        let files = Resolved::open(Arc::new(Checkpoint::open(&path.dir)?))?;
+        let files = Resolved::open(Arc::new(open_checkpoint(&path.dir)?))?;
         let source = open_experts(&files, sidecar)?;
         Ok(Self { path, files: Arc::new(files), source })
     }
@@ -158,7 +160,7 @@ impl Prepared {
     /// # Errors
     /// Kernels that the processor lacks.
     pub fn cpu(&self) -> Result<Arc<Cpu>, Error> {
-        Ok(Arc::new(Cpu::new(CpuOptions { threads: self.options.threads, kernels: mach_cpu::KernelSet::from_env()? })?))
+        Ok(Arc::new(Cpu::new(CpuOptions { threads: self.options.threads, kernels: mach_cpu::KernelSet::from_env()?, ..CpuOptions::default() })?))
     }
 
     /// Which backend was asked for.
@@ -177,7 +179,31 @@ impl Prepared {
     /// Read errors, bad checksums, memory.
     pub fn load<B: Backend>(&self, backend: Arc<B>, progress: Progress<'_>) -> Result<Model<B>, Error> {
         let options = ModelOptions { plan: self.plan.clone(), readers: READERS, progress };
-        Ok(Model::load(backend, &self.files, self.source.clone(), options)?)
+        let mut model = Model::load(backend, &self.files, self.source.clone(), options)?;
+        if let (Some(recorder), Some(source)) = (&self.options.trace, &self.source) {
+            let (spec, plan) = (self.files.spec(), &self.plan);
+            recorder.begin(&TraceHeader {
+                layers: source.layers(),
+                experts: source.experts(),
+                top_k: spec.top_k(),
+                slots: model.slots(),
+                slot_bytes: plan.slot_bytes,
+                other_bytes: plan.beside_bank(),
+                model: self.path.name.clone(),
+            });
+            model.record(recorder.clone());
+        }
+        Ok(model)
+    }
+
+    /// The trace that is written.
+    pub(crate) fn recorder(&self) -> Option<&Recorder> {
+        self.options.trace.as_ref()
+    }
+
+    /// The sidecar that was asked for.
+    pub(crate) fn sidecar(&self) -> Option<&Path> {
+        self.options.sidecar.as_deref()
     }
 
     /// Expected decode speed, from rates measured now.

@@ -5,8 +5,8 @@
 //! * quantised weights: blocks in column order, each `acc = fma(scale, xs·isum, acc)` and then
 //!   `acc = fma(bias, xs·xsum, acc)` with exact integers `isum` and `xsum`; last the outliers in column order.
 //!
-//! Quantised activations are 16-bit integers `256·high + low` in two int8 planes, so that every kernel set's int8
-//! instructions multiply them: a row goes through [`Kernel::dot`] as two.
+//! Quantised activations are 8-bit integers, or 16-bit ones `256·high + low` in two int8 planes, so that every kernel
+//! set's int8 instructions multiply them: a row goes through [`Kernel::dot`] once or twice.
 
 use mach_backend::KV_BLOCK;
 use mach_format::{BlockFormat, PackedLayout, ScaleType, TILE_ROWS, WeightFormat};
@@ -40,15 +40,17 @@ pub(crate) struct PlainRows {
 /// Rows of activations quantised in blocks; see `ops::quant`.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantRows {
-    /// `[rows][2][cols]`: the high plane, then the low one.
+    /// `[rows][planes][cols]`: the high plane, then the low one.
     pub q: *const i8,
+    /// 1 or 2: activations of 8 or 16 bits.
+    pub planes: usize,
     pub cols: usize,
     /// Columns per block: 16, 32 or 64.
     pub block: usize,
-    /// Per block: scale `xs` and `xs · Σ(256·high + low)`.
+    /// Per block: scale `xs`, and `xs` times the sum of the integers.
     pub scale: *const f32,
     pub bias: *const f32,
-    /// `[rows][2][blocks]`: sums of either plane.
+    /// `[rows][planes][blocks]`: sums of the planes.
     pub sum: *const i32,
     /// Outliers of each row: how many, and one bit per column.
     pub outliers: *const u32,
@@ -67,7 +69,7 @@ impl QuantRows {
     /// Plane `plane` of block `j` of a row, and its sum.
     #[inline(always)]
     unsafe fn plane(&self, row: usize, plane: usize, j: usize) -> (*const i8, i32) {
-        let at = row * 2 + plane;
+        let at = row * self.planes + plane;
         (self.q.add(at * self.cols + j * self.block), *self.sum.add(at * self.blocks() + j))
     }
     /// Words of one row's mask.
@@ -76,10 +78,10 @@ impl QuantRows {
     }
 }
 
-/// Largest magnitude of a quantised activation: `high` then stays within ±127.
-const TOP: f32 = 127.0 * 256.0;
+/// Largest magnitude of the (high) plane.
+const TOP: f32 = 127.0;
 
-/// Quantises row `row`: splits off outliers, then rounds blocks to two planes of int8.
+/// Quantises row `row`: splits off outliers, then rounds blocks to planes of int8.
 ///
 /// # Safety
 /// All of `to` is writable for that row; `x` has `to.cols` values, a multiple of the block.
@@ -101,8 +103,9 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
     let mean = V::sum(kept) / V::sum(count);
     let threshold = V::splat(if mean > 0.0 { OUTLIER * mean } else { f32::INFINITY });
 
-    let high = to.q.cast_mut().add(row * 2 * cols);
-    let low = high.add(cols);
+    let planes = to.planes;
+    let top = if planes == 2 { TOP * 256.0 } else { TOP };
+    let q = to.q.cast_mut().add(row * planes * cols);
     let mask = to.mask.cast_mut().add(row * to.words());
     let mut outliers = 0;
     for word in 0..to.words() {
@@ -126,7 +129,7 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
         }
         let amax = f32::from_bits(V::largest_i(largest) as u32);
         let (scale, inverse) = if amax.is_finite() && amax > 1e-30 {
-            (amax / TOP, TOP / amax)
+            (amax / top, top / amax)
         } else if amax.is_finite() {
             (0.0, 0.0)
         } else {
@@ -137,18 +140,23 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
             let v = V::load(at.add(c));
             let v = V::zero_where_gt(V::abs(v), threshold, v);
             let i = if inverse.is_nan() { V::splat_i(0) } else { V::round(V::mul(v, V::splat(inverse))) };
-            // Both planes offset by 128, so that shifting and masking split them.
-            let offset = V::add_i(i, V::splat_i(128 * 256 + 128));
-            let planes = [V::shr_i(offset, 8), V::and_i(offset, V::splat_i(255))].map(|p| V::add_i(p, V::splat_i(-128)));
-            V::store_i8(high.add(b * block + c), planes[0]);
-            V::store_i8(low.add(b * block + c), planes[1]);
-            sums = [V::add_i(sums[0], planes[0]), V::add_i(sums[1], planes[1])];
+            let parts = if planes == 2 {
+                // Both planes offset by 128, so that shifting and masking split them.
+                let offset = V::add_i(i, V::splat_i(128 * 256 + 128));
+                [V::shr_i(offset, 8), V::and_i(offset, V::splat_i(255))].map(|p| V::add_i(p, V::splat_i(-128)))
+            } else {
+                [i; 2]
+            };
+            for plane in 0..planes {
+                V::store_i8(q.add(plane * cols + b * block + c), parts[plane]);
+                sums[plane] = V::add_i(sums[plane], parts[plane]);
+            }
         }
         let (sums, at) = (sums.map(|s| V::sum_i(s)), row * to.blocks() + b);
         *to.scale.cast_mut().add(at) = scale;
-        *to.bias.cast_mut().add(at) = scale * (256 * sums[0] + sums[1]) as f32;
-        for (plane, sum) in sums.into_iter().enumerate() {
-            *to.sum.cast_mut().add((row * 2 + plane) * to.blocks() + b) = sum;
+        *to.bias.cast_mut().add(at) = scale * if planes == 2 { 256 * sums[0] + sums[1] } else { sums[0] } as f32;
+        for plane in 0..planes {
+            *to.sum.cast_mut().add((row * planes + plane) * to.blocks() + b) = sums[plane];
         }
     }
 }
@@ -246,12 +254,10 @@ impl Blocks {
 #[inline(always)]
 pub(crate) unsafe fn quant_tile<K: Kernel>(layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
     let format = Blocks::of(layout);
-    match (format.bits, acts.block) {
-        (4, 64) => quant_blocks::<K, 4, 64>(format, tile, acts, rows, out),
-        (4, _) => quant_blocks::<K, 4, 32>(format, tile, acts, rows, out),
-        (6, _) => quant_blocks::<K, 6, 16>(format, tile, acts, rows, out),
-        (_, 64) => quant_blocks::<K, 8, 64>(format, tile, acts, rows, out),
-        _ => quant_blocks::<K, 8, 32>(format, tile, acts, rows, out),
+    if acts.planes == 2 {
+        quant_planes::<K, 2>(format, tile, acts, rows, out);
+    } else {
+        quant_planes::<K, 1>(format, tile, acts, rows, out);
     }
     for (i, &row) in rows.iter().enumerate() {
         if *acts.outliers.add(row as usize) > 0 {
@@ -261,7 +267,24 @@ pub(crate) unsafe fn quant_tile<K: Kernel>(layout: &PackedLayout, tile: *const u
 }
 
 #[inline(always)]
-unsafe fn quant_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Blocks, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+unsafe fn quant_planes<K: Kernel, const PLANES: usize>(format: Blocks, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+    match (format.bits, acts.block) {
+        (4, 64) => quant_blocks::<K, PLANES, 4, 64>(format, tile, acts, rows, out),
+        (4, _) => quant_blocks::<K, PLANES, 4, 32>(format, tile, acts, rows, out),
+        (6, _) => quant_blocks::<K, PLANES, 6, 16>(format, tile, acts, rows, out),
+        (_, 64) => quant_blocks::<K, PLANES, 8, 64>(format, tile, acts, rows, out),
+        _ => quant_blocks::<K, PLANES, 8, 32>(format, tile, acts, rows, out),
+    }
+}
+
+#[inline(always)]
+unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(
+    format: Blocks,
+    tile: *const u8,
+    acts: &QuantRows,
+    rows: &[u32],
+    out: *mut f32,
+) {
     let blocks = acts.cols / BLK;
     let wide = K::WIDE && rows.len() > 2;
     if wide {
@@ -274,11 +297,12 @@ unsafe fn quant_blocks<K: Kernel, const BITS: u8, const BLK: usize>(format: Bloc
             let (rest, to) = (&rows[i..], out.add(i * LANES));
             let panel = panel.clone();
             i += if wide {
-                quant_wide::<K, BITS, BLK>(format, tile, acts, rest, panel, to)
+                quant_wide::<K, PLANES, BITS, BLK>(format, tile, acts, rest, panel, to)
             } else {
-                match rest.len() {
-                    1 => quant_rows::<K, BITS, BLK, 2>(format, tile, acts, rest, panel, to),
-                    _ => quant_rows::<K, BITS, BLK, 4>(format, tile, acts, rest, panel, to),
+                match rest.len() * PLANES {
+                    1 => quant_rows::<K, PLANES, BITS, BLK, 1>(format, tile, acts, rest, panel, to),
+                    2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2>(format, tile, acts, rest, panel, to),
+                    _ => quant_rows::<K, PLANES, BITS, BLK, 4>(format, tile, acts, rest, panel, to),
                 }
             };
         }
@@ -296,9 +320,9 @@ unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Blocks, tile: *cons
     (block.add(within * LANES * BITS as usize / 8), block, within)
 }
 
-/// `P / 2` rows as `P` planes.
+/// `P / PLANES` rows as `P` planes.
 #[inline(always)]
-unsafe fn quant_rows<K: Kernel, const BITS: u8, const BLK: usize, const P: usize>(
+unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const P: usize>(
     format: Blocks,
     tile: *const u8,
     acts: &QuantRows,
@@ -309,7 +333,7 @@ unsafe fn quant_rows<K: Kernel, const BITS: u8, const BLK: usize, const P: usize
     let blocks = acts.cols / BLK;
     let mut acc = [K::V::splat(0.0); P];
     if panel.start > 0 {
-        for r in 0..P / 2 {
+        for r in 0..P / PLANES {
             acc[r] = K::V::load(out.add(r * LANES));
         }
     }
@@ -320,20 +344,20 @@ unsafe fn quant_rows<K: Kernel, const BITS: u8, const BLK: usize, const P: usize
         }
         let (mut x, mut sums) = ([acts.q; P], [0; P]);
         for p in 0..P {
-            (x[p], sums[p]) = acts.plane(rows[p / 2] as usize, p % 2, j);
+            (x[p], sums[p]) = acts.plane(rows[p / PLANES] as usize, p % PLANES, j);
         }
         let isum = K::dot::<BITS, BLK, P>(lines, x, sums);
         let (scale, bias) = format.scales::<K::V>(block, within);
-        for r in 0..P / 2 {
+        for r in 0..P / PLANES {
             let at = rows[r] as usize * blocks + j;
-            let isum = K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]);
+            let isum = if PLANES == 2 { K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };
             acc[r] = add_block::<K::V>(acts, at, isum, scale, bias, acc[r]);
         }
     }
-    for r in 0..P / 2 {
+    for r in 0..P / PLANES {
         K::V::store(out.add(r * LANES), acc[r]);
     }
-    P / 2
+    P / PLANES
 }
 
 /// One block of one row: scaled integers, then the bias.
@@ -343,9 +367,9 @@ unsafe fn add_block<V: Simd>(acts: &QuantRows, at: usize, isum: V::I, scale: V::
     V::fma(bias, xb, V::fma(scale, V::mul(xs, V::to_f(isum)), acc))
 }
 
-/// The same arithmetic, integers from the matrix unit: eight rows are its 16 planes.
+/// The same arithmetic, integers from the matrix unit: 16 planes at a time.
 #[inline(always)]
-unsafe fn quant_wide<K: Kernel, const BITS: u8, const BLK: usize>(
+unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(
     format: Blocks,
     tile: *const u8,
     acts: &QuantRows,
@@ -353,11 +377,11 @@ unsafe fn quant_wide<K: Kernel, const BITS: u8, const BLK: usize>(
     panel: std::ops::Range<usize>,
     out: *mut f32,
 ) -> usize {
-    let n = rows.len().min(LANES / 2);
+    let n = rows.len().min(LANES / PLANES);
     let blocks = acts.cols / BLK;
     let mut isum = [[0; LANES]; LANES];
     let mut x = [acts.q; LANES];
-    let mut acc = [K::V::splat(0.0); LANES / 2];
+    let mut acc = [K::V::splat(0.0); LANES];
     if panel.start > 0 {
         for r in 0..n {
             acc[r] = K::V::load(out.add(r * LANES));
@@ -365,15 +389,16 @@ unsafe fn quant_wide<K: Kernel, const BITS: u8, const BLK: usize>(
     }
     for j in panel {
         let (lines, block, within) = block_at::<BITS, BLK>(format, tile, j);
-        for p in 0..2 * n {
-            x[p] = acts.plane(rows[p / 2] as usize, p % 2, j).0;
+        for p in 0..PLANES * n {
+            x[p] = acts.plane(rows[p / PLANES] as usize, p % PLANES, j).0;
         }
-        K::dot_wide::<BITS, BLK>(lines, &x[..2 * n], &mut isum);
+        K::dot_wide::<BITS, BLK>(lines, &x[..PLANES * n], &mut isum);
         let (scale, bias) = format.scales::<K::V>(block, within);
         for r in 0..n {
             let at = rows[r] as usize * blocks + j;
-            let [high, low] = [2 * r, 2 * r + 1].map(|p| K::V::load_i(isum[p].as_ptr()));
-            acc[r] = add_block::<K::V>(acts, at, K::V::add_i(K::V::shl_i::<8>(high), low), scale, bias, acc[r]);
+            let sum = |plane: usize| K::V::load_i(isum[r * PLANES + plane].as_ptr());
+            let isum = if PLANES == 2 { K::V::add_i(K::V::shl_i::<8>(sum(0)), sum(1)) } else { sum(0) };
+            acc[r] = add_block::<K::V>(acts, at, isum, scale, bias, acc[r]);
         }
     }
     for r in 0..n {

@@ -18,6 +18,8 @@ use crate::pool::Pool;
 pub(crate) struct Context<'a> {
     pub pool: &'a Pool,
     pub k: &'static Kernels,
+    /// Planes of int8 that activations are quantised to.
+    pub planes: usize,
 }
 
 /// Values below which a region is not worth waking anybody.

@@ -1,10 +1,11 @@
-//! Activation rows as blocks of 16-bit integers with outliers split off.
+//! Activation rows as blocks of integers with outliers split off.
 //!
-//! Each row is quantised alone, in blocks of 32 or 64 columns with scale `max|x| / 32,512`, and stored as two planes
-//! of int8. One plane alone (`max|x| / 127`) flips 3.6 % of the routes of the built-in model; two flip none worth
-//! naming, and decode stays bound by memory. A few hidden channels of real models are hundreds of times larger than the
-//! rest and would take precision from their block: columns far above the row's trimmed mean magnitude are left out of
-//! the blocks and multiplied in f32.
+//! Each row is quantised alone, in blocks of 16 to 64 columns with scale `max|x| / 32,512`, and stored as two planes
+//! of int8: integers of 16 bits. With 8 bits ([`CpuOptions::activation_bits`](crate::CpuOptions)) there is one plane
+//! and scale `max|x| / 127`: half the work, but 3.6 % of the routes of the built-in model change, where 16 bits change
+//! none worth naming. A few hidden channels of real models are hundreds of times larger than the rest and would take
+//! precision from their block: columns far above the row's trimmed mean magnitude are left out of the blocks and
+//! multiplied in f32.
 
 use mach_format::AlignedBytes;
 
@@ -31,9 +32,9 @@ impl QuantBuffer {
     /// Every id is a row of `x`, and `x` outlives the result.
     pub unsafe fn quantise(&mut self, cx: Context<'_>, x: PlainRows, ids: &[u32], cols: usize, block: usize) -> QuantRows {
         assert!(cols.is_multiple_of(block), "{cols} columns in blocks of {block}");
-        let (rows, blocks, words) = (ids.len(), cols / block, cols.div_ceil(64));
-        if self.q.len() < rows * 2 * cols {
-            self.q = AlignedBytes::zeroed(rows * 2 * cols);
+        let (rows, blocks, words, planes) = (ids.len(), cols / block, cols.div_ceil(64), cx.planes);
+        if self.q.len() < rows * planes * cols {
+            self.q = AlignedBytes::zeroed(rows * planes * cols);
         }
         for (to, &id) in grown(&mut self.x, rows).iter_mut().zip(ids) {
             // SAFETY: the caller vouches for the row.
@@ -41,11 +42,12 @@ impl QuantBuffer {
         }
         let to = QuantRows {
             q: self.q.as_mut_ptr().cast(),
+            planes,
             cols,
             block,
             scale: grown(&mut self.scale, rows * blocks).as_mut_ptr(),
             bias: grown(&mut self.bias, rows * blocks).as_mut_ptr(),
-            sum: grown(&mut self.sum, rows * 2 * blocks).as_mut_ptr(),
+            sum: grown(&mut self.sum, rows * planes * blocks).as_mut_ptr(),
             outliers: grown(&mut self.outliers, rows).as_mut_ptr(),
             mask: grown(&mut self.mask, rows * words).as_mut_ptr(),
             x: self.x.as_ptr().cast(),

@@ -2,7 +2,7 @@
 #![allow(dead_code)] // Each test file uses its own part.
 
 use mach_backend::Backend;
-use mach_cpu::{Cpu, CpuOptions, KernelSet};
+use mach_cpu::{ActivationBits, Cpu, CpuOptions, KernelSet};
 use mach_format::{AlignedBytes, BlockFormat, PackedLayout, PackedMatrix, ScaleType, WeightFormat};
 
 /// xorshift64*: the same numbers on every machine.
@@ -155,7 +155,12 @@ pub fn values<B: Backend>(b: &B, t: &B::Tensor, n: usize) -> Vec<f32> {
 }
 
 pub fn cpu(set: KernelSet, threads: usize) -> Cpu {
-    Cpu::new(CpuOptions { threads: Some(threads), kernels: Some(set) }).unwrap()
+    Cpu::new(CpuOptions { threads: Some(threads), kernels: Some(set), ..CpuOptions::default() }).unwrap()
+}
+
+/// With activations of 8 bits.
+pub fn cpu8(set: KernelSet, threads: usize) -> Cpu {
+    Cpu::new(CpuOptions { threads: Some(threads), kernels: Some(set), activation_bits: ActivationBits::Eight }).unwrap()
 }
 
 /// Every kernel set of this processor at one and two threads; says which sets it leaves out.
@@ -165,6 +170,11 @@ pub fn cpus() -> Vec<Cpu> {
         println!("note: this processor has no {}, not tested", set.name());
     }
     have.into_iter().flat_map(|set| [cpu(set, 1), cpu(set, 2)]).collect()
+}
+
+/// The same with activations of 8 bits.
+pub fn cpus8() -> Vec<Cpu> {
+    KernelSet::available().into_iter().flat_map(|set| [cpu8(set, 1), cpu8(set, 2)]).collect()
 }
 
 pub fn label(cpu: &Cpu) -> String {
