@@ -37,23 +37,35 @@ pub struct GgufNames {
     pub model: &'static [(&'static str, &'static str)],
     /// What stands before the number of a layer.
     pub layers: &'static str,
-    /// After `blk.N.`.
-    pub layer: &'static [(&'static str, &'static str)],
+    /// After `blk.N.`: tables of pairs.
+    pub layer: &'static [&'static [(&'static str, &'static str)]],
     /// Beginning of the names of layers beyond the last: heads that draft tokens.
     pub draft: &'static str,
 }
 
 impl GgufNames {
+    fn layer_pairs(&self) -> impl Iterator<Item = &(&'static str, &'static str)> {
+        self.layer.iter().copied().flatten()
+    }
+
+    /// The name in a checkpoint of `layers` layers.
     fn rename(&self, name: &str, layers: usize) -> Option<String> {
-        let find = |table: &[(&str, &'static str)], name: &str| table.iter().find(|(from, _)| *from == name).map(|(_, to)| *to);
         let Some((layer, rest)) = name.strip_prefix("blk.").and_then(|n| n.split_once('.')) else {
-            return find(self.model, name).map(str::to_owned);
+            return self.model.iter().find(|(from, _)| *from == name).map(|(_, to)| (*to).to_owned());
         };
         let number: usize = layer.parse().ok()?;
         if number >= layers {
             return Some(format!("{}{layer}.{rest}", self.draft));
         }
-        find(self.layer, rest).map(|to| format!("{}{number}.{to}", self.layers))
+        self.layer_pairs().find(|(from, _)| *from == rest).map(|(_, to)| format!("{}{number}.{to}", self.layers))
+    }
+
+    /// The name in a GGUF file of a checkpoint's tensor.
+    pub fn original(&self, name: &str) -> Option<String> {
+        let Some((layer, rest)) = name.strip_prefix(self.layers).and_then(|n| n.split_once('.')) else {
+            return self.model.iter().find(|(_, to)| *to == name).map(|(from, _)| (*from).to_owned());
+        };
+        self.layer_pairs().find(|(_, to)| *to == rest).map(|(from, _)| format!("blk.{layer}.{from}"))
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use mach_backend::{Backend, Reference};
@@ -48,8 +49,13 @@ fn arg_max(row: &[f32]) -> u32 {
 
 /// Logits within `tolerance` of their range, routes and 32 greedy tokens identical.
 fn check<B: Backend>(backend: Arc<B>, name: &str, tolerance: f32) {
+    check_file(backend, name, &golden(name), Run::default(), tolerance);
+}
+
+/// The same for a copy of the checkpoint in another form.
+fn check_file<B: Backend>(backend: Arc<B>, name: &str, path: &Path, run: Run, tolerance: f32) {
     let g = read(name);
-    let mut model = load(backend, &golden(name), Run::default());
+    let mut model = load(backend, path, run);
     let (ours, log) = logits(&mut model, &g.input);
     // As sets: two of the chosen may weigh nearly the same, the last one chosen and the first one left out never do.
     let sets = |ids: &[u32]| -> Vec<Vec<u32>> {
@@ -92,5 +98,18 @@ fn the_cpu_backend_agrees_with_transformers() {
 fn the_plain_backend_agrees_with_transformers() {
     for name in SETS {
         check(Arc::new(Reference), name, if name.contains("mlx") { 1e-3 } else { 2e-4 });
+    }
+}
+
+/// Protects GGUF files: names, stacked experts, norms with their one added, decays and the order of value heads as the
+/// converter of llama.cpp writes them; resident, and streaming from the file itself.
+#[test]
+fn ggufs_of_the_converter_agree_with_transformers() {
+    for name in ["qwen3-base", "qwen3_5-base"] {
+        let file = golden(name).with_extension("gguf");
+        check_file(Arc::new(Reference), name, &file, Run::default(), 2e-4);
+        for run in [Run::default(), Run { bank: Some(0.3), resident: false, chunk: None }] {
+            check_file(Arc::new(Cpu::new(CpuOptions::default()).unwrap()), name, &file, run, 2e-4);
+        }
     }
 }

@@ -4,10 +4,10 @@
 use mach_backend::{Activation, AttentionSpec, GdnSpec, RouterSpec};
 use serde_json::{Map, Value, json};
 
-use super::qwen3_moe::{QWEN_GGUF, check_heads, check_router, qwen_config};
+use super::qwen3_moe::{GGUF_LAYER, GGUF_MODEL, check_heads, check_router, qwen_config};
 use crate::ModelError;
 use crate::config::{Fields, rope};
-use crate::gguf::{GgufArch, Meta, gguf_weights};
+use crate::gguf::{GgufArch, GgufNames, Meta, gguf_weights};
 use crate::registry::MoeArchAdapter;
 use crate::spec::{FfnSpec, LayerSpec, MixerSpec, ModelSpec, MoeSpec};
 use crate::tensors::QWEN;
@@ -27,8 +27,15 @@ pub static ADAPTER: MoeArchAdapter = MoeArchAdapter {
     notes: "gated delta net and gated attention layers, gated shared expert; vision and mtp tensors are recognised and not used",
     one_plus_norm: true,
     names: &QWEN,
-    gguf: &GgufArch { name: "qwen35moe", names: &QWEN_GGUF, config: config_of },
+    gguf: &GgufArch { name: "qwen35moe", names: &GGUF_NAMES, config: config_of },
     parse,
+};
+
+static GGUF_NAMES: GgufNames = GgufNames {
+    model: GGUF_MODEL,
+    layers: "model.layers.",
+    layer: &[GGUF_LAYER, &[("post_attention_norm.weight", "post_attention_layernorm.weight")]],
+    draft: "mtp.",
 };
 
 /// The configuration that the metadata of a GGUF file stands for.

@@ -25,48 +25,46 @@ pub static ADAPTER: MoeArchAdapter = MoeArchAdapter {
     notes: "softmax router, norm_topk_prob as the config says (absent: false), dense layers by mlp_only_layers and decoder_sparse_step",
     one_plus_norm: false,
     names: &QWEN,
-    gguf: &GgufArch { name: "qwen3moe", names: &QWEN_GGUF, config: config_of },
+    gguf: &GgufArch { name: "qwen3moe", names: &GGUF_NAMES, config: config_of },
     parse,
 };
 
-/// Names of both families in GGUF files.
-pub(super) static QWEN_GGUF: GgufNames = GgufNames {
-    model: &[("token_embd.weight", "model.embed_tokens.weight"), ("output_norm.weight", "model.norm.weight"), ("output.weight", "lm_head.weight")],
-    layers: "model.layers.",
-    layer: &[
-        ("attn_norm.weight", "input_layernorm.weight"),
-        ("ffn_norm.weight", "post_attention_layernorm.weight"),
-        ("post_attention_norm.weight", "post_attention_layernorm.weight"),
-        ("attn_q.weight", "self_attn.q_proj.weight"),
-        ("attn_k.weight", "self_attn.k_proj.weight"),
-        ("attn_v.weight", "self_attn.v_proj.weight"),
-        ("attn_output.weight", "self_attn.o_proj.weight"),
-        ("attn_q_norm.weight", "self_attn.q_norm.weight"),
-        ("attn_k_norm.weight", "self_attn.k_norm.weight"),
-        ("attn_qkv.weight", "linear_attn.in_proj_qkv.weight"),
-        ("attn_gate.weight", "linear_attn.in_proj_z.weight"),
-        ("ssm_beta.weight", "linear_attn.in_proj_b.weight"),
-        ("ssm_alpha.weight", "linear_attn.in_proj_a.weight"),
-        ("ssm_conv1d.weight", "linear_attn.conv1d.weight"),
-        ("ssm_a", "linear_attn.neg_exp_A"),
-        ("ssm_dt.bias", "linear_attn.dt_bias"),
-        ("ssm_norm.weight", "linear_attn.norm.weight"),
-        ("ssm_out.weight", "linear_attn.out_proj.weight"),
-        ("ffn_gate_inp.weight", "mlp.gate.weight"),
-        ("ffn_gate_up_exps.weight", "mlp.experts.gate_up_proj.weight"),
-        ("ffn_gate_exps.weight", "mlp.switch_mlp.gate_proj.weight"),
-        ("ffn_up_exps.weight", "mlp.switch_mlp.up_proj.weight"),
-        ("ffn_down_exps.weight", "mlp.switch_mlp.down_proj.weight"),
-        ("ffn_gate_inp_shexp.weight", "mlp.shared_expert_gate.weight"),
-        ("ffn_gate_shexp.weight", "mlp.shared_expert.gate_proj.weight"),
-        ("ffn_up_shexp.weight", "mlp.shared_expert.up_proj.weight"),
-        ("ffn_down_shexp.weight", "mlp.shared_expert.down_proj.weight"),
-        ("ffn_gate.weight", "mlp.gate_proj.weight"),
-        ("ffn_up.weight", "mlp.up_proj.weight"),
-        ("ffn_down.weight", "mlp.down_proj.weight"),
-    ],
-    draft: "mtp.",
-};
+/// Names in GGUF files that both families have.
+pub(super) static GGUF_MODEL: &[(&str, &str)] =
+    &[("token_embd.weight", "model.embed_tokens.weight"), ("output_norm.weight", "model.norm.weight"), ("output.weight", "lm_head.weight")];
+pub(super) static GGUF_LAYER: &[(&str, &str)] = &[
+    ("attn_norm.weight", "input_layernorm.weight"),
+    ("attn_q.weight", "self_attn.q_proj.weight"),
+    ("attn_k.weight", "self_attn.k_proj.weight"),
+    ("attn_v.weight", "self_attn.v_proj.weight"),
+    ("attn_output.weight", "self_attn.o_proj.weight"),
+    ("attn_q_norm.weight", "self_attn.q_norm.weight"),
+    ("attn_k_norm.weight", "self_attn.k_norm.weight"),
+    ("attn_qkv.weight", "linear_attn.in_proj_qkv.weight"),
+    ("attn_gate.weight", "linear_attn.in_proj_z.weight"),
+    ("ssm_beta.weight", "linear_attn.in_proj_b.weight"),
+    ("ssm_alpha.weight", "linear_attn.in_proj_a.weight"),
+    ("ssm_conv1d.weight", "linear_attn.conv1d.weight"),
+    ("ssm_a", "linear_attn.neg_exp_A"),
+    ("ssm_dt.bias", "linear_attn.dt_bias"),
+    ("ssm_norm.weight", "linear_attn.norm.weight"),
+    ("ssm_out.weight", "linear_attn.out_proj.weight"),
+    ("ffn_gate_inp.weight", "mlp.gate.weight"),
+    ("ffn_gate_up_exps.weight", "mlp.experts.gate_up_proj.weight"),
+    ("ffn_gate_exps.weight", "mlp.switch_mlp.gate_proj.weight"),
+    ("ffn_up_exps.weight", "mlp.switch_mlp.up_proj.weight"),
+    ("ffn_down_exps.weight", "mlp.switch_mlp.down_proj.weight"),
+    ("ffn_gate_inp_shexp.weight", "mlp.shared_expert_gate.weight"),
+    ("ffn_gate_shexp.weight", "mlp.shared_expert.gate_proj.weight"),
+    ("ffn_up_shexp.weight", "mlp.shared_expert.up_proj.weight"),
+    ("ffn_down_shexp.weight", "mlp.shared_expert.down_proj.weight"),
+    ("ffn_gate.weight", "mlp.gate_proj.weight"),
+    ("ffn_up.weight", "mlp.up_proj.weight"),
+    ("ffn_down.weight", "mlp.down_proj.weight"),
+];
+
+static GGUF_NAMES: GgufNames =
+    GgufNames { model: GGUF_MODEL, layers: "model.layers.", layer: &[GGUF_LAYER, &[("ffn_norm.weight", "post_attention_layernorm.weight")]], draft: "mtp." };
 
 fn config_of(m: &Meta<'_>) -> Result<Map<String, Value>, ModelError> {
     let mut config = qwen_config(m, "qwen3_moe")?;

@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mach_backend::Backend;
-use mach_format::Checkpoint;
 use mach_models::plan::{BankSize, Sizes};
-use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, ResidencyChoice, Resolved, RouteLog, Row, Want, open_experts};
+use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, ResidencyChoice, Resolved, RouteLog, Row, Want, open_checkpoint, open_experts};
 
 /// Folder of a golden set.
 pub fn golden(name: &str) -> PathBuf {
@@ -31,9 +30,9 @@ impl Default for Run {
     }
 }
 
-/// Loads a checkpoint.
-pub fn load<B: Backend>(backend: Arc<B>, dir: &Path, run: Run) -> Model<B> {
-    let files = Resolved::open(Arc::new(Checkpoint::open(dir).unwrap())).unwrap();
+/// Loads a checkpoint or a GGUF file.
+pub fn load<B: Backend>(backend: Arc<B>, path: &Path, run: Run) -> Model<B> {
+    let files = Resolved::open(Arc::new(open_checkpoint(path).unwrap())).unwrap();
     let source = open_experts(&files, None).unwrap();
     let slot_bytes = source.as_ref().map_or(0, |s| s.part_bytes().iter().map(|&b| b as u64).sum());
     let quantised = files.head_format().is_quantised();
