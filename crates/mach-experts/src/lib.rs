@@ -8,6 +8,7 @@ mod bank;
 mod direct;
 mod error;
 mod readers;
+pub mod replay;
 mod source;
 mod store;
 pub mod trace;

@@ -158,6 +158,11 @@ impl<M: ExpertMemory> ExpertStore<M> {
         self.bank.in_service() + self.memory.slots() - self.bank.len()
     }
 
+    /// Slots that keep experts: without the scratch.
+    pub(crate) fn bank_slots(&self) -> usize {
+        self.bank.in_service()
+    }
+
     /// Bytes of one slot.
     pub fn slot_bytes(&self) -> u64 {
         self.memory.part_bytes().iter().map(|&b| b as u64).sum()

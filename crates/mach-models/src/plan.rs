@@ -289,6 +289,11 @@ impl MemoryPlan {
         })
     }
 
+    /// Bytes of everything but the bank, with the first block of keys and values.
+    pub fn beside_bank(&self) -> u64 {
+        self.base + self.tokenizer + self.resident + self.scratch + self.states + self.kv_block
+    }
+
     /// `fits` or `tight`.
     pub fn verdict(&self) -> Verdict {
         if self.residency == Residency::Resident || self.slots >= self.working_set { Verdict::Fits } else { Verdict::Tight }

@@ -21,6 +21,9 @@ pub enum Error {
     /// Kernels and threads.
     #[error(transparent)]
     Cpu(#[from] mach_cpu::CpuError),
+    /// A trace file.
+    #[error(transparent)]
+    Trace(#[from] mach_experts::trace::TraceError),
     /// A model that is not on this machine.
     #[error("{name} is neither a directory nor in the Hugging Face cache ({cache}); to get it: hf download {name}")]
     ModelNotFound {
@@ -77,6 +80,7 @@ impl Error {
                 mach_engine::SubmitError::Closed => "engine-closed",
             },
             Self::Cpu(e) => e.code(),
+            Self::Trace(e) => e.code(),
             Self::ModelNotFound { .. } => "model-not-found",
             Self::NoSuchPath { .. } => "no-such-path",
             Self::NoBuiltin { .. } => "no-builtin-model",

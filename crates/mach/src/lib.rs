@@ -5,12 +5,14 @@
 //! ids; both have examples that run on the built-in model.
 
 pub mod cli;
+mod drive;
 mod error;
 mod estimate;
 mod limits;
 mod load;
 mod locate;
 mod rates;
+mod routing;
 pub mod synthetic;
 pub mod system;
 mod units;

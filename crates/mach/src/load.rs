@@ -201,9 +201,9 @@ impl Prepared {
         self.options.trace.as_ref()
     }
 
-    /// The sidecar that was asked for.
-    pub(crate) fn sidecar(&self) -> Option<&Path> {
-        self.options.sidecar.as_deref()
+    /// Where the sidecar is, if there is one.
+    pub(crate) fn sidecar_dir(&self) -> PathBuf {
+        self.options.sidecar.clone().unwrap_or_else(|| self.files.checkpoint().sidecar_dir())
     }
 
     /// Expected decode speed, from rates measured now.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clap::{Args, ValueEnum};
 use mach_backend::KvType;
+use mach_experts::trace::Recorder;
 use mach_models::plan::BankSize;
 
 use super::output;
@@ -115,12 +116,18 @@ impl EngineArgs {
                 Backend::Reference => BackendKind::Reference,
             },
             sidecar: self.sidecar.clone(),
+            trace: None,
         }
     }
 
     /// Finds and plans a model, saying on stderr what should be known.
     pub(super) fn prepare(&self, model: Option<&str>) -> Result<Prepared, Error> {
-        let prepared = prepare_at(locate(model)?, &self.options(), system::available_memory())?;
+        Self::prepare_with(model, &self.options())
+    }
+
+    /// [`EngineArgs::prepare`] with options that these flags do not set.
+    pub(super) fn prepare_with(model: Option<&str>, options: &LoadOptions) -> Result<Prepared, Error> {
+        let prepared = prepare_at(locate(model)?, options, system::available_memory())?;
         prepared.plan.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
         if let Some(advice) = prepared.sidecar_advice() {
             eprintln!("note: {advice}");
@@ -130,7 +137,12 @@ impl EngineArgs {
 
     /// Loads a model with progress, and prints the signal line and the expected speed.
     pub(super) fn load(&self, model: Option<&str>) -> Result<Loaded, Error> {
-        let prepared = self.prepare(model)?;
+        self.load_traced(model, None)
+    }
+
+    /// [`EngineArgs::load`] with a trace of the experts in use.
+    pub(super) fn load_traced(&self, model: Option<&str>, trace: Option<&Recorder>) -> Result<Loaded, Error> {
+        let prepared = Self::prepare_with(model, &LoadOptions { trace: trace.cloned(), ..self.options() })?;
         let mut bar = LoadBar::new();
         let loaded = load_with(&prepared, &mut |what, done, all| bar.show(what, done, all))?;
         bar.0.end(None);
@@ -139,6 +151,21 @@ impl EngineArgs {
         let disk = e.disk_gb_s.map(|d| format!(", disk {d:.2} GB/s")).unwrap_or_default();
         eprintln!("loaded in {}; expect up to {:.1} tok/s in decode (memory {:.1} GB/s{disk})", output::seconds(loaded.load_ms / 1e3), e.tok_s, e.memory_gb_s);
         Ok(loaded)
+    }
+}
+
+/// Recording which experts a run uses.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct TraceArgs {
+    /// Write which experts every step uses, for `mach bench replay`
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+}
+
+impl TraceArgs {
+    /// Creates the file.
+    pub(super) fn start(&self) -> Result<Option<Recorder>, Error> {
+        Ok(self.trace.as_deref().map(Recorder::create).transpose()?)
     }
 }
 

@@ -8,7 +8,7 @@ use mach_engine::{CancelToken, Event, FinishReason, Receipt, Request};
 use mach_session::{ChatInput, GenerateRequest, GenerationDefaults, Prompt, SamplingOverrides, Session, TextEvent};
 use serde_json::{Map, json};
 
-use super::args::{EngineArgs, SamplingArgs, on_interrupt, read_tokens};
+use super::args::{EngineArgs, SamplingArgs, TraceArgs, on_interrupt, read_tokens};
 use super::output::{self, ProgressLine};
 use crate::{Error, Loaded, system};
 
@@ -47,6 +47,8 @@ pub(super) struct Args {
     sampling: SamplingArgs,
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    trace: TraceArgs,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -59,7 +61,8 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
         (Some(prompt), None) => Some(prompt.clone()),
         (None, None) => Some(read_stdin()?),
     };
-    let loaded = args.engine.load(args.model.as_deref())?;
+    let trace = args.trace.start()?;
+    let loaded = args.engine.load_traced(args.model.as_deref(), trace.as_ref())?;
     let (events, cancel) = match (tokens, &loaded.text) {
         (Some(tokens), None) => bare_events(&args, &loaded, tokens)?,
         (tokens, _) => text_events(&args, &loaded.session()?, tokens, text.unwrap_or_default())?,
@@ -81,7 +84,8 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
             TextEvent::Finished { reason, receipt, .. } => {
                 progress.end(None);
                 let ttft_ms = ttft_ms.unwrap_or_else(|| began.elapsed().as_secs_f64() * 1e3);
-                return out.finish(reason, &receipt, &loaded, ttft_ms);
+                out.finish(reason, &receipt, &loaded, ttft_ms)?;
+                return Ok(trace.map_or(Ok(()), |t| t.finish())?);
             }
             TextEvent::Failed { code, message } => {
                 progress.end(None);

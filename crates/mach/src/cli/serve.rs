@@ -3,7 +3,7 @@
 use mach_server::{Server, ServerConfig, ServerError};
 use serde_json::json;
 
-use super::args::{EngineArgs, on_interrupt};
+use super::args::{EngineArgs, TraceArgs, on_interrupt};
 use super::output;
 use crate::Error;
 
@@ -29,6 +29,8 @@ pub(super) struct Args {
     ready_json: bool,
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    trace: TraceArgs,
 }
 
 pub(super) fn run(args: Args) -> Result<(), Error> {
@@ -36,7 +38,8 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
     if let Err(source) = std::net::TcpListener::bind((args.host.as_str(), args.port)) {
         return Err(server_error(ServerError::Bind { host: args.host, port: args.port, source }));
     }
-    let loaded = args.engine.load(args.model.as_deref())?;
+    let trace = args.trace.start()?;
+    let loaded = args.engine.load_traced(args.model.as_deref(), trace.as_ref())?;
     let mut config = ServerConfig::new(loaded.path.name.clone());
     config.alias = args.alias;
     config.host = args.host;
@@ -52,7 +55,7 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
         output::json_line(&json!({"event": "ready", "url": url}));
     }
     server.run().map_err(server_error)?;
-    Ok(())
+    Ok(trace.map_or(Ok(()), |t| t.finish())?)
 }
 
 fn server_error(e: ServerError) -> Error {

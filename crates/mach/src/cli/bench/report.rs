@@ -1,11 +1,11 @@
 //! What a run says: as a table, and as one JSON object.
 
 use mach_backend::KV_BLOCK;
-use mach_experts::Residency;
+use mach_experts::{ExpertStats, Residency};
 use serde_json::{Value, json};
 
 use super::run::{Measured, Phase, Sample, Work};
-use crate::cli::output::size;
+use crate::cli::output::{self, seconds, size};
 use crate::limits::{Bound, Ceilings, LayerUse, active_weights, decode_seconds, prefill_seconds, sequence_bytes, spread};
 use crate::{Prepared, system};
 
@@ -26,15 +26,18 @@ impl Report<'_> {
     }
 
     fn hit_rate(&self) -> Option<f64> {
-        let (hits, misses) = self.measured.samples.iter().fold((0, 0), |(h, m), s| (h + s.stats.hits, m + s.stats.misses));
-        (self.streaming() && hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64)
+        let mut all = ExpertStats::default();
+        self.measured.samples.iter().for_each(|s| (all.hits, all.misses) = (all.hits + s.stats.hits, all.misses + s.stats.misses));
+        rate(&all).filter(|_| self.streaming())
     }
 
     /// Bytes that one token takes from memory or drive: weights, recurrent states, keys and values.
     fn bytes_per_token(&self) -> f64 {
         let plan = &self.prepared.plan;
         match (self.work.phase, self.measured.distinct) {
-            (Phase::Prefill, distinct) => (plan.resident as f64 + distinct.unwrap_or(0) as f64 * plan.slot_bytes as f64) / self.work.tokens as f64,
+            (Phase::Prefill | Phase::Load, distinct) => {
+                (plan.resident as f64 + distinct.unwrap_or(0) as f64 * plan.slot_bytes as f64) / self.work.tokens as f64
+            }
             (Phase::Decode, _) => self.always() + plan.working_set as f64 * plan.slot_bytes as f64,
         }
     }
@@ -58,6 +61,12 @@ impl Report<'_> {
                 (seconds / runs, bound)
             }
             Phase::Decode => decode_seconds(&self.measured.ceilings, self.bytes_per_token() * self.work.tokens as f64, slot, &[]),
+            // Everything that has to be read before the first token, once.
+            Phase::Load => {
+                let experts = if self.streaming() { self.measured.distinct.unwrap_or(0) } else { plan.experts as u64 };
+                let bytes = plan.resident as f64 + experts as f64 * slot;
+                (bytes / self.measured.ceilings.disk.unwrap_or(f64::INFINITY), Bound::Disk)
+            }
             Phase::Prefill => {
                 let operations = 2.0 * active_weights(spec, self.prepared.files.parameters()) as f64 * self.work.tokens as f64;
                 prefill_seconds(
@@ -71,11 +80,26 @@ impl Report<'_> {
         (self.work.tokens as f64 / seconds, bound)
     }
 
+    /// Time of one sweep of all routed experts at the drive's ceiling, and of the computation alone: what a streamed
+    /// prefill cannot be faster than.
+    fn sweep(&self) -> Option<[f64; 2]> {
+        let plan = &self.prepared.plan;
+        let disk = self.measured.ceilings.disk.filter(|_| self.streaming() && self.work.phase == Phase::Prefill)?;
+        let computing = self.median(|s| s.seconds - s.stats.stall.as_secs_f64());
+        Some([plan.experts as f64 * plan.slot_bytes as f64 / disk, computing])
+    }
+
+    /// Prints the table, or one JSON object.
+    pub(super) fn print(&self, json: bool) {
+        if json { output::json_line(&self.json()) } else { output::print(&self.table()) }
+    }
+
     pub(super) fn json(&self) -> Value {
         let (tok_s, spread) = spread(&self.measured.samples.iter().map(|s| self.work.tokens as f64 / s.seconds).collect::<Vec<_>>());
         let (limit, bound) = self.limit();
         let plan = &self.prepared.plan;
-        json!({
+        let [before, warm_up] = self.measured.earlier.map(|s| rate(&s).filter(|_| self.streaming()));
+        let mut facts = json!({
             "tok_s": tok_s, "spread": spread, "limit_tok_s": limit, "share_of_limit": tok_s / limit, "bound": bound.name(),
             "ceilings": {
                 "memory_gb_s": self.measured.ceilings.memory / 1e9, "disk_gb_s": self.measured.ceilings.disk.map(|d| d / 1e9), "int8_gop_s": self.measured.ceilings.int8.map(|i| i / 1e9),
@@ -85,15 +109,32 @@ impl Report<'_> {
             "disk_gb_s": self.median(|s| s.stats.bytes_read as f64 / s.seconds) / 1e9, "stall_share": self.median(|s| s.stats.stall.as_secs_f64() / s.seconds),
             "distinct_experts": self.measured.distinct, "peak_rss": self.measured.peak_rss, "cpu": system::cpu_name(), "kernels": self.measured.kernels, "threads": self.prepared.threads(),
             "model": self.prepared.path.name, "mode": self.prepared.mode(), "slots": self.measured.slots, "experts": plan.experts, "resident_bytes": plan.resident,
-            "tokens": self.work.tokens, "repeat": self.measured.samples.len(), "depth": self.work.depth,
-        })
+            "tokens": self.work.tokens, "repeat": self.measured.samples.len(), "depth": self.work.depth, "budget": plan.budget,
+            "hit_rates": {"before": before, "warm_up": warm_up, "run": self.hit_rate()}, "routing": self.work.routing.name(),
+        });
+        let mut more = |key: &str, value: Value| facts[key] = value;
+        if let Some([sweep, computing]) = self.sweep() {
+            more("sweep_s", json!(sweep));
+            more("compute_s", json!(computing));
+            more("wall_s", json!(self.median(|s| s.seconds)));
+        }
+        if self.work.phase == Phase::Load {
+            more("ttft_s", json!(self.median(|s| s.seconds)));
+            more("limit_ttft_s", json!(self.work.tokens as f64 / limit));
+            more("cold", json!(true));
+        }
+        facts
     }
 
     pub(super) fn table(&self) -> String {
         let facts = self.json();
         let number = |key: &str| facts[key].as_f64().unwrap_or(0.0);
         let gb = |bytes: f64| bytes / 1e9;
-        let what = if self.work.phase == Phase::Decode { "decode" } else { "prefill" };
+        let what = match self.work.phase {
+            Phase::Decode => "decode",
+            Phase::Prefill => "prefill",
+            Phase::Load => "cold start",
+        };
         let Ceilings { memory, disk, int8 } = self.measured.ceilings;
         let plan = &self.prepared.plan;
         let mut lines = vec![
@@ -122,8 +163,25 @@ impl Report<'_> {
         if let Some(distinct) = self.measured.distinct {
             lines.push(("distinct", format!("{distinct} of {} experts", plan.experts)));
         }
+        if let Some([sweep, computing]) = self.sweep() {
+            let wall = self.median(|s| s.seconds);
+            let share = wall / sweep.max(computing);
+            lines.push((
+                "time",
+                format!("{}: {share:.2} times the larger of one sweep of the experts {}, computing {}", seconds(wall), seconds(sweep), seconds(computing)),
+            ));
+        }
+        if self.work.phase == Phase::Load {
+            let limit = self.work.tokens as f64 / number("limit_tok_s");
+            lines.push(("first token", format!("after {}, files not in the page cache; reading alone takes {}", seconds(number("ttft_s")), seconds(limit))));
+        }
         lines.push(("peak memory", self.measured.peak_rss.map_or_else(|| "unknown".to_owned(), size)));
         lines.push(("processor", format!("{}, {} threads, {}", system::cpu_name(), self.prepared.threads(), self.measured.kernels)));
         lines.into_iter().map(|(name, value)| format!("{name:<16} {value}\n")).collect()
     }
+}
+
+fn rate(stats: &ExpertStats) -> Option<f64> {
+    let all = stats.hits + stats.misses;
+    (all > 0).then(|| stats.hits as f64 / all as f64)
 }

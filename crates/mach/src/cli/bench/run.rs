@@ -1,24 +1,26 @@
 //! Running a model and timing it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mach_backend::{Backend, Reference};
+use mach_cpu::Cpu;
+use mach_experts::trace::Phase as Mark;
 use mach_experts::{ExpertStats, Residency};
 use mach_models::{Model, RouteLog, Row, Sequence, Want};
 
+use super::Routing;
 use crate::cli::args::{LoadBar, signal_line};
 use crate::cli::output::ProgressLine;
+use crate::drive::Drive;
 use crate::limits::{Ceilings, LayerUse};
-use crate::rates::{Xorshift, disk_rate, memory_rate};
+use crate::rates::{Xorshift, memory_rate};
+use crate::routing::Realistic;
 use crate::{BackendKind, Error, Prepared, system};
 
 /// Memory that one thread reads to find the ceiling.
 const MEMORY_EACH: u64 = 256 << 20;
-/// Reads under way that the drive is probed with, the probes at each and the time of one; the best counts.
-const DEPTHS: [usize; 4] = [1, 2, 4, 8];
-const PROBES: usize = 3;
-const PROBE: Duration = Duration::from_millis(120);
 /// Tokens before a decode is timed: at least, and at most where the bank is not full before.
 const WARM_UP: [usize; 2] = [8, 256];
 
@@ -27,6 +29,8 @@ const WARM_UP: [usize; 2] = [8, 256];
 pub(super) enum Phase {
     Decode,
     Prefill,
+    /// From start to the first token.
+    Load,
 }
 
 impl Phase {
@@ -34,6 +38,7 @@ impl Phase {
         match self {
             Self::Decode => 32,
             Self::Prefill => 512,
+            Self::Load => 16,
         }
     }
 }
@@ -48,12 +53,19 @@ pub(super) struct Work {
     pub repeat: usize,
     /// Tokens before.
     pub depth: usize,
+    /// Tokens decoded before a decode is timed; `None`: until the bank is full.
+    pub warm_up: Option<usize>,
+    pub routing: Routing,
+    /// Time of one point of the sweep that finds the drive's ceiling.
+    pub probe: Duration,
 }
 
 /// What came of it.
 pub(super) struct Measured {
     pub samples: Vec<Sample>,
-    /// Distinct experts of a prefill, over all layers.
+    /// Accesses of the tokens before, and of the warm-up.
+    pub earlier: [ExpertStats; 2],
+    /// Distinct experts of a prompt, over all layers.
     pub distinct: Option<u64>,
     pub ceilings: Ceilings,
     /// Slots of the bank at the end.
@@ -65,32 +77,44 @@ pub(super) struct Measured {
 /// Loads the model on its backend and runs `work`.
 pub(super) fn measure(prepared: &Prepared, work: &Work) -> Result<Measured, Error> {
     let needed = work.depth + work.tokens + if work.phase == Phase::Decode { WARM_UP[0] } else { 0 };
-    if needed > prepared.plan.context {
-        let message = format!("{needed} tokens exceed the context of {}: raise --ctx-size, or take fewer tokens", prepared.plan.context);
-        return Err(Error::Input { code: "context-overflow", message });
-    }
+    fits(prepared, needed)?;
     match prepared.backend() {
         BackendKind::Cpu => {
             let cpu = prepared.cpu()?;
-            let int8 = quantised(prepared).then(|| mach_cpu::peak_gops(cpu.kernel_set(), cpu.threads())).flatten();
-            measure_on(prepared, cpu, work, int8.map(|gops| gops * 1e9))
+            let int8 = int8_peak(prepared, &cpu);
+            measure_on(prepared, cpu, work, int8)
         }
         BackendKind::Reference => measure_on(prepared, Arc::new(Reference), work, None),
     }
 }
 
-/// Whether products are of int8 activations: the int8 ceiling applies.
-fn quantised(prepared: &Prepared) -> bool {
-    prepared.source.as_ref().is_some_and(|s| s.layout(0).down.format.is_quantised())
+/// Whether the context holds so many tokens.
+pub(super) fn fits(prepared: &Prepared, tokens: usize) -> Result<(), Error> {
+    if tokens <= prepared.plan.context {
+        return Ok(());
+    }
+    let message = format!("{tokens} tokens exceed the context of {}: raise --ctx-size, or take fewer tokens", prepared.plan.context);
+    Err(Error::Input { code: "context-overflow", message })
+}
+
+/// int8 operations per second, where products are of int8 activations.
+pub(super) fn int8_peak(prepared: &Prepared, cpu: &Cpu) -> Option<f64> {
+    let quantised = prepared.source.as_ref().is_some_and(|s| s.layout(0).down.format.is_quantised());
+    quantised.then(|| mach_cpu::peak_gops(cpu.kernel_set(), cpu.threads())).flatten().map(|gops| gops * 1e9)
 }
 
 /// Memory and drive as fast as they go now.
-fn ceilings(prepared: &Prepared, int8: Option<f64>) -> Ceilings {
+pub(super) fn ceilings(prepared: &Prepared, int8: Option<f64>, probe: Duration) -> Result<Ceilings, Error> {
     let threads = prepared.threads();
     let each = MEMORY_EACH.min(system::available_memory() / 8 / threads.max(1) as u64);
-    let probe = |depth: &usize| prepared.source.as_ref().and_then(|s| disk_rate(&**s, *depth, PROBE));
-    let disk = (0..PROBES).flat_map(|_| &DEPTHS).filter_map(probe).fold(None, |best: Option<f64>, rate| Some(best.map_or(rate, |b| b.max(rate))));
-    Ceilings { memory: memory_rate(threads, each as usize), disk, int8 }
+    let disk = Drive::open(prepared)?.and_then(|drive| drive.ceiling(probe));
+    Ok(Ceilings { memory: memory_rate(threads, each as usize), disk, int8 })
+}
+
+/// The better of two measurements: ceilings are those of an undisturbed machine.
+pub(super) fn better(a: &Ceilings, b: &Ceilings) -> Ceilings {
+    let max = |a: Option<f64>, b: Option<f64>| a.into_iter().chain(b).max_by(f64::total_cmp);
+    Ceilings { memory: a.memory.max(b.memory), disk: max(a.disk, b.disk), int8: max(a.int8, b.int8) }
 }
 
 /// One timed run.
@@ -102,15 +126,26 @@ pub(super) struct Sample {
 }
 
 /// A loaded model with its sequence, and the tokens to feed it.
-struct Bench<B: Backend> {
-    model: Model<B>,
+pub(super) struct Bench<B: Backend> {
+    pub model: Model<B>,
     seq: Sequence<B>,
     random: Xorshift,
 }
 
 impl<B: Backend> Bench<B> {
+    pub(super) fn new(mut model: Model<B>, routing: Routing) -> Self {
+        let spec = model.spec();
+        let experts = spec.moe_layers().map(|(_, m)| m.router.experts).max().unwrap_or(0);
+        let (layers, top_k) = (spec.moe_layers().count(), spec.top_k());
+        if routing == Routing::Realistic && layers > 0 {
+            model.force_routes(&Realistic::new(layers, experts, top_k).forced());
+        }
+        let seq = model.sequence();
+        Self { model, seq, random: Xorshift::new(0) }
+    }
+
     /// Computes `n` random tokens in passes of `width`, and commits them.
-    fn feed(&mut self, n: usize, width: usize, want_last: bool, mut log: Option<&mut RouteLog>) -> Result<Sample, Error> {
+    pub(super) fn feed(&mut self, n: usize, width: usize, want_last: bool, mut log: Option<&mut RouteLog>) -> Result<Sample, Error> {
         let (vocab, before, mut layers) = (self.model.spec().vocab, self.model.expert_stats(), Vec::new());
         let ids: Vec<u32> = (0..n).map(|_| self.random.below(vocab) as u32).collect();
         let began = Instant::now();
@@ -138,16 +173,18 @@ impl<B: Backend> Bench<B> {
     }
 
     /// A run from where the sequence stands, as often as asked; each starts from the same state.
-    fn runs(&mut self, phase: Phase, tokens: usize, repeat: usize) -> Result<Vec<Sample>, Error> {
+    fn runs(&mut self, work: &Work, mark: &dyn Fn(Mark)) -> Result<Vec<Sample>, Error> {
+        let Work { phase, tokens, repeat, .. } = *work;
         let backend = self.model.backend().clone();
         let start = self.seq.snapshot(&backend);
         let mut progress = ProgressLine::new();
         let mut samples = Vec::with_capacity(repeat);
         for i in 0..repeat {
             self.seq.restore(&backend, &start);
+            mark(Mark::Measured);
             let sample = match phase {
                 Phase::Decode => self.decode(tokens)?,
-                Phase::Prefill => self.feed(tokens, self.model.max_rows(), true, None)?,
+                Phase::Prefill | Phase::Load => self.feed(tokens, self.model.max_rows(), true, None)?,
             };
             progress.show(|| format!("run {} of {repeat}: {:.2} tok/s", i + 1, tokens as f64 / sample.seconds));
             samples.push(sample);
@@ -169,11 +206,12 @@ impl<B: Backend> Bench<B> {
     }
 
     /// Decodes until caches are warm: a few tokens, and until the bank is full where there is one that does not hold all.
-    fn warm_up(&mut self, streaming: bool) -> Result<(), Error> {
+    fn warm_up(&mut self, streaming: bool, tokens: Option<usize>) -> Result<ExpertStats, Error> {
+        let before = self.model.expert_stats();
         let backend = self.model.backend().clone();
         let start = self.seq.snapshot(&backend);
-        for i in 0..WARM_UP[1] {
-            if i >= WARM_UP[0] && (!streaming || self.model.expert_stats().evictions > 0) {
+        for i in 0..tokens.unwrap_or(WARM_UP[1]) {
+            if tokens.is_none() && i >= WARM_UP[0] && (!streaming || self.model.expert_stats().evictions > 0) {
                 break;
             }
             // The sequence does not grow with the time that this takes.
@@ -183,7 +221,16 @@ impl<B: Backend> Bench<B> {
             self.feed(1, 1, true, None)?;
         }
         self.seq.restore(&backend, &start);
-        Ok(())
+        Ok(since(&self.model.expert_stats(), &before))
+    }
+
+    /// A prompt that is not timed; distinct experts over all layers, and its accesses.
+    fn first_prompt(&mut self, tokens: usize) -> Result<(u64, ExpertStats), Error> {
+        let backend = self.model.backend().clone();
+        let (start, mut log) = (self.seq.snapshot(&backend), RouteLog::default());
+        let sample = self.feed(tokens, self.model.max_rows(), true, Some(&mut log))?;
+        self.seq.restore(&backend, &start);
+        Ok((distinct(&log), sample.stats))
     }
 }
 
@@ -198,6 +245,11 @@ fn since(now: &ExpertStats, then: &ExpertStats) -> ExpertStats {
     }
 }
 
+/// Distinct experts over all layers.
+pub(super) fn distinct(log: &RouteLog) -> u64 {
+    log.layers.iter().map(|(ids, _)| ids.iter().collect::<HashSet<_>>().len() as u64).sum()
+}
+
 fn add(all: &mut ExpertStats, one: &ExpertStats) {
     all.hits += one.hits;
     all.misses += one.misses;
@@ -208,39 +260,26 @@ fn add(all: &mut ExpertStats, one: &ExpertStats) {
 }
 
 fn measure_on<B: Backend>(prepared: &Prepared, backend: Arc<B>, work: &Work, int8: Option<f64>) -> Result<Measured, Error> {
-    let Work { phase, tokens, repeat, depth } = *work;
     eprintln!("{}", signal_line(&prepared.signals(&*backend)));
     let kernels = backend.kernels();
-    let before = ceilings(prepared, int8);
-    // Linux forgets the peak that this took; elsewhere it stays in the figure.
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    let before = ceilings(prepared, int8, work.probe)?;
+    system::forget_peak();
     let mut bar = LoadBar::new();
     let model: Model<B> = prepared.load(backend, &mut |what, done, all| bar.show(what, done, all))?;
     bar.0.end(None);
+    let mark = |phase: Mark| prepared.recorder().into_iter().for_each(|r| r.mark(phase));
     let streaming = prepared.plan.residency == Residency::Streaming;
-    let seq = model.sequence();
-    let mut bench = Bench { model, seq, random: Xorshift::new(0) };
-    bench.feed(depth, bench.model.max_rows(), false, None)?;
-    let mut distinct = None;
-    match phase {
-        Phase::Decode => bench.warm_up(streaming)?,
-        Phase::Prefill => {
-            let backend = bench.model.backend().clone();
-            let (start, mut log) = (bench.seq.snapshot(&backend), RouteLog::default());
-            bench.feed(tokens, bench.model.max_rows(), true, Some(&mut log))?;
-            bench.seq.restore(&backend, &start);
-            distinct = Some(log.layers.iter().map(|(ids, _)| ids.iter().collect::<std::collections::HashSet<_>>().len() as u64).sum());
-        }
-    }
-    let samples = bench.runs(phase, tokens, repeat)?;
-    let (slots, peak_rss) = (bench.model.slots(), system::peak_rss());
-    drop(bench);
-    // Ceilings are those of an undisturbed machine: the better of before and after, with the model out of the way.
-    let after = ceilings(prepared, int8);
-    let disk = match (before.disk, after.disk) {
-        (Some(a), Some(b)) => Some(a.max(b)),
-        (a, b) => a.or(b),
+    let mut bench = Bench::new(model, work.routing);
+    let depth = bench.feed(work.depth, bench.model.max_rows(), false, None)?.stats;
+    mark(Mark::WarmUp);
+    let (distinct, warm_up) = match work.phase {
+        Phase::Decode => (None, bench.warm_up(streaming, work.warm_up)?),
+        Phase::Prefill | Phase::Load => bench.first_prompt(work.tokens).map(|(distinct, stats)| (Some(distinct), stats))?,
     };
-    let ceilings = Ceilings { memory: before.memory.max(after.memory), disk, int8 };
-    Ok(Measured { samples, distinct, ceilings, slots, peak_rss, kernels })
+    let samples = bench.runs(work, &mark)?;
+    let (slots, peak_rss) = (bench.model.slots(), system::peak_rss());
+    // The model is out of the way when the machine is measured again.
+    drop(bench);
+    let ceilings = better(&before, &ceilings(prepared, int8, work.probe)?);
+    Ok(Measured { samples, earlier: [depth, warm_up], distinct, ceilings, slots, peak_rss, kernels })
 }
