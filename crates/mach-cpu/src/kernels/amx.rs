@@ -94,8 +94,11 @@ impl Kernel for Amx {
             }
             unpacked.0.as_ptr().cast()
         } else if BITS == 6 {
-            for (four, codes) in (0..BLK / 16).flat_map(|sixteen| six_bits(w.add(sixteen * 192))).enumerate() {
-                _mm512_store_si512(unpacked.0[four].as_mut_ptr().cast(), codes);
+            for sixteen in 0..BLK / 16 {
+                let codes = six_bits(w.add(sixteen * 192));
+                for four in 0..4 {
+                    _mm512_store_si512(unpacked.0[sixteen * 4 + four].as_mut_ptr().cast(), codes[four]);
+                }
             }
             unpacked.0.as_ptr().cast()
         } else {

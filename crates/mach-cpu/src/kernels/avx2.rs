@@ -230,6 +230,38 @@ impl Simd for Avx2 {
 
 impl Kernel for Avx2 {
     type V = Self;
+    const UNPACKS: bool = true;
+
+    #[inline(always)]
+    unsafe fn unpack<const BITS: u8, const BLK: usize>(w: *const u8, out: *mut u8) {
+        for h in 0..2 {
+            for sixteen in 0..BLK / 16 {
+                let codes = six_bits(w.add(sixteen * 192 + h * 32));
+                for four in 0..4 {
+                    _mm256_storeu_si256(out.add((sixteen * 4 + four) * 64 + h * 32).cast(), codes[four]);
+                }
+            }
+        }
+    }
+
+    /// Sums stay in i16 for as many products as fit: see `dot`.
+    #[inline(always)]
+    unsafe fn dot_unpacked<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R]) -> [I; R] {
+        let ones = _mm256_set1_epi16(1);
+        let mut out = [[_mm256_setzero_si256(); 2]; R];
+        for pair in 0..BLK / 8 {
+            for h in 0..2 {
+                let (a, b) = (load_bytes(w.add(pair * 128 + h * 32)), load_bytes(w.add(pair * 128 + 64 + h * 32)));
+                for r in 0..R {
+                    let x = x[r].add(pair * 8).cast::<i32>();
+                    let (x0, x1) = (_mm256_set1_epi32(x.read_unaligned()), _mm256_set1_epi32(x.add(1).read_unaligned()));
+                    let sum = _mm256_add_epi16(_mm256_maddubs_epi16(a, x0), _mm256_maddubs_epi16(b, x1));
+                    out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(sum, ones));
+                }
+            }
+        }
+        out
+    }
 
     /// `maddubs` adds two products in i16. Nibbles are at most 15, so eight of them (16·15·128 = 30,720) fit before
     /// they are widened; a byte weight is its two nibbles, low + 16·high, each exact in the same way.
@@ -246,7 +278,7 @@ impl Kernel for Avx2 {
                         // Two products of 6 bits fit into i16 (4·63·128 = 32,256).
                         for pair in 0..2 {
                             let x = x[r].add(sixteen * 16 + pair * 8).cast::<i32>();
-                            let [x0, x1] = [x, x.add(1)].map(|x| _mm256_set1_epi32(x.read_unaligned()));
+                            let (x0, x1) = (_mm256_set1_epi32(x.read_unaligned()), _mm256_set1_epi32(x.add(1).read_unaligned()));
                             let sum = _mm256_add_epi16(_mm256_maddubs_epi16(codes[pair * 2], x0), _mm256_maddubs_epi16(codes[pair * 2 + 1], x1));
                             out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(sum, ones));
                         }

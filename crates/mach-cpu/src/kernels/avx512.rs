@@ -170,7 +170,7 @@ impl Simd for Avx512 {
 #[inline(always)]
 pub(crate) unsafe fn six_bits(w: *const u8) -> [__m512i; 4] {
     let (nibble, two) = (_mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
-    let [a, b, high] = [0, 64, 128].map(|at| _mm512_loadu_si512(w.add(at).cast()));
+    let (a, b, high) = (_mm512_loadu_si512(w.cast()), _mm512_loadu_si512(w.add(64).cast()), _mm512_loadu_si512(w.add(128).cast()));
     let join = |low: __m512i, high: __m512i| _mm512_or_si512(_mm512_and_si512(low, nibble), _mm512_and_si512(high, two));
     [
         join(a, _mm512_slli_epi16::<4>(high)),
@@ -195,7 +195,7 @@ impl Kernel for Avx512 {
                 for r in 0..R {
                     for pair in 0..2 {
                         let x = x[r].add(sixteen * 16 + pair * 8).cast::<i32>();
-                        let [x0, x1] = [x, x.add(1)].map(|x| _mm512_set1_epi32(x.read_unaligned()));
+                        let (x0, x1) = (_mm512_set1_epi32(x.read_unaligned()), _mm512_set1_epi32(x.add(1).read_unaligned()));
                         let sum = _mm512_add_epi16(_mm512_maddubs_epi16(codes[pair * 2], x0), _mm512_maddubs_epi16(codes[pair * 2 + 1], x1));
                         out[r] = _mm512_add_epi32(out[r], _mm512_madd_epi16(sum, ones));
                     }

@@ -233,7 +233,7 @@ pub(crate) unsafe fn nibbles(bytes: uint8x16_t) -> [int8x16_t; 2] {
 /// The four columns' numbers of four rows, of 16 columns of 6 bits.
 #[inline(always)]
 pub(crate) unsafe fn six_bits(w: *const u8) -> [int8x16_t; 4] {
-    let [a, b, high] = [0, 64, 128].map(|at| vld1q_u8(w.add(at)));
+    let (a, b, high) = (vld1q_u8(w), vld1q_u8(w.add(64)), vld1q_u8(w.add(128)));
     let join = |low: uint8x16_t, high: uint8x16_t| vreinterpretq_s8_u8(vorrq_u8(vandq_u8(low, vdupq_n_u8(15)), vandq_u8(high, vdupq_n_u8(0x30))));
     [join(a, vshlq_n_u8::<4>(high)), join(vshrq_n_u8::<4>(a), vshlq_n_u8::<2>(high)), join(b, high), join(vshrq_n_u8::<4>(b), vshrq_n_u8::<2>(high))]
 }

@@ -27,9 +27,12 @@ impl Kernel for NeonDot {
         }
         if BITS == 6 {
             for quad in 0..4 {
-                for (four, codes) in (0..BLK / 16).flat_map(|sixteen| six_bits(w.add(sixteen * 192 + quad * 16))).enumerate() {
-                    for r in 0..R {
-                        sdot(&mut out[r][quad], codes, broadcast(x[r].add(four * 4)));
+                for sixteen in 0..BLK / 16 {
+                    let codes = six_bits(w.add(sixteen * 192 + quad * 16));
+                    for (four, codes) in codes.into_iter().enumerate() {
+                        for r in 0..R {
+                            sdot(&mut out[r][quad], codes, broadcast(x[r].add(sixteen * 16 + four * 4)));
+                        }
                     }
                 }
             }

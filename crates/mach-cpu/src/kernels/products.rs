@@ -8,6 +8,8 @@
 //! Quantised activations are 8-bit integers, or 16-bit ones `256·high + low` in two int8 planes, so that every kernel
 //! set's int8 instructions multiply them: a row goes through [`Kernel::dot`] once or twice.
 
+use std::mem::MaybeUninit;
+
 use mach_backend::KV_BLOCK;
 use mach_format::{BlockFormat, PackedLayout, ScaleType, TILE_ROWS, WeightFormat};
 
@@ -22,8 +24,12 @@ pub(crate) const MAX_ROWS: usize = 64;
 /// gave three quarters of the speed).
 const PREFETCH: usize = 6144;
 
-/// Columns of a tile that stay in L1 together with some activation rows.
+/// Columns of a tile that stay in L1 together with some activation rows: as they are stored, and a byte for each number.
 const PANEL: usize = 2048;
+const UNPACKED_PANEL: usize = 512;
+
+/// Activation planes from which on a set that unpacks does so.
+const UNPACK_FROM: usize = 8;
 
 /// Columns this many times above the row's trimmed mean magnitude stay f32. Channels scaled a hundredfold are then caught
 /// (at 128 times their blocks keep enough error to flip 0.3 % of the routes of such a model), while gated activations
@@ -142,8 +148,8 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
             let i = if inverse.is_nan() { V::splat_i(0) } else { V::round(V::mul(v, V::splat(inverse))) };
             let parts = if planes == 2 {
                 // Both planes offset by 128, so that shifting and masking split them.
-                let offset = V::add_i(i, V::splat_i(128 * 256 + 128));
-                [V::shr_i(offset, 8), V::and_i(offset, V::splat_i(255))].map(|p| V::add_i(p, V::splat_i(-128)))
+                let (offset, back) = (V::add_i(i, V::splat_i(128 * 256 + 128)), V::splat_i(-128));
+                [V::add_i(V::shr_i(offset, 8), back), V::add_i(V::and_i(offset, V::splat_i(255)), back)]
             } else {
                 [i; 2]
             };
@@ -152,7 +158,7 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
                 sums[plane] = V::add_i(sums[plane], parts[plane]);
             }
         }
-        let (sums, at) = (sums.map(|s| V::sum_i(s)), row * to.blocks() + b);
+        let (sums, at) = ([V::sum_i(sums[0]), V::sum_i(sums[1])], row * to.blocks() + b);
         *to.scale.cast_mut().add(at) = scale;
         *to.bias.cast_mut().add(at) = scale * if planes == 2 { 256 * sums[0] + sums[1] } else { sums[0] } as f32;
         for plane in 0..planes {
@@ -217,8 +223,8 @@ impl Blocks {
             }
             Scales::Block(BlockFormat::Q4K) => {
                 let line = at.add(within / 32 * LANES);
-                let [scale, min] = [line, line.add(8 * LANES)].map(|p| V::to_f(V::load_u8(p)));
-                let [d, dmin] = [256, 288].map(|offset| V::load_f16(at.add(offset).cast()));
+                let (scale, min) = (V::to_f(V::load_u8(line)), V::to_f(V::load_u8(line.add(8 * LANES))));
+                let (d, dmin) = (V::load_f16(at.add(256).cast()), V::load_f16(at.add(288).cast()));
                 (V::mul(d, scale), V::sub(V::splat(0.0), V::mul(dmin, min)))
             }
             Scales::Block(BlockFormat::Q6K) => {
@@ -290,25 +296,56 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
     if wide {
         K::begin::<BLK>();
     }
-    for first in (0..blocks).step_by(PANEL / BLK) {
-        let panel = first..blocks.min(first + PANEL / BLK);
+    // Nibbles are taken apart as fast as bytes are loaded.
+    let unpack = K::UNPACKS && BITS == 6 && !wide && rows.len() * PLANES >= UNPACK_FROM;
+    let mut unpacked = Unpacked { codes: [MaybeUninit::uninit(); _], scales: [MaybeUninit::uninit(); _] };
+    let columns = if unpack { UNPACKED_PANEL } else { PANEL };
+    for first in (0..blocks).step_by(columns / BLK) {
+        let panel = first..blocks.min(first + columns / BLK);
+        if unpack {
+            unpacked.fill::<K, BITS, BLK>(format, tile, panel.clone());
+        }
         let mut i = 0;
         while i < rows.len() {
             let (rest, to) = (&rows[i..], out.add(i * LANES));
             let panel = panel.clone();
             i += if wide {
                 quant_wide::<K, PLANES, BITS, BLK>(format, tile, acts, rest, panel, to)
+            } else if unpack && rest.len() * PLANES >= 4 {
+                quant_rows::<K, PLANES, BITS, BLK, 4, true>(format, tile, &unpacked, acts, rest, panel, to)
             } else {
                 match rest.len() * PLANES {
-                    1 => quant_rows::<K, PLANES, BITS, BLK, 1>(format, tile, acts, rest, panel, to),
-                    2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2>(format, tile, acts, rest, panel, to),
-                    _ => quant_rows::<K, PLANES, BITS, BLK, 4>(format, tile, acts, rest, panel, to),
+                    1 => quant_rows::<K, PLANES, BITS, BLK, 1, false>(format, tile, &unpacked, acts, rest, panel, to),
+                    2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2, false>(format, tile, &unpacked, acts, rest, panel, to),
+                    _ => quant_rows::<K, PLANES, BITS, BLK, 4, false>(format, tile, &unpacked, acts, rest, panel, to),
                 }
             };
         }
     }
     if wide {
         K::end();
+    }
+}
+
+/// A panel of a tile with a byte for each number, which many rows then share.
+#[repr(align(64))]
+struct Unpacked {
+    codes: [MaybeUninit<u8>; UNPACKED_PANEL * LANES],
+    /// Scales and biases of each block of activations.
+    scales: [MaybeUninit<f32>; UNPACKED_PANEL / 16 * 2 * LANES],
+}
+
+impl Unpacked {
+    #[inline(always)]
+    unsafe fn fill<K: Kernel, const BITS: u8, const BLK: usize>(&mut self, format: Blocks, tile: *const u8, panel: std::ops::Range<usize>) {
+        for (i, j) in panel.enumerate() {
+            let (lines, block, within) = block_at::<BITS, BLK>(format, tile, j);
+            K::unpack::<BITS, BLK>(lines, self.codes.as_mut_ptr().cast::<u8>().add(i * BLK * LANES));
+            let (scale, bias) = format.scales::<K::V>(block, within);
+            let to = self.scales.as_mut_ptr().cast::<f32>().add(i * 2 * LANES);
+            K::V::store(to, scale);
+            K::V::store(to.add(LANES), bias);
+        }
     }
 }
 
@@ -320,11 +357,12 @@ unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Blocks, tile: *cons
     (block.add(within * LANES * BITS as usize / 8), block, within)
 }
 
-/// `P / PLANES` rows as `P` planes.
+/// `P / PLANES` rows as `P` planes; weights from `unpacked`, which holds the panel, or as they are stored.
 #[inline(always)]
-unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const P: usize>(
+unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const P: usize, const UNPACKED: bool>(
     format: Blocks,
     tile: *const u8,
+    unpacked: &Unpacked,
     acts: &QuantRows,
     rows: &[u32],
     panel: std::ops::Range<usize>,
@@ -337,17 +375,25 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
             acc[r] = K::V::load(out.add(r * LANES));
         }
     }
+    let first = panel.start;
     for j in panel {
-        let (lines, block, within) = block_at::<BITS, BLK>(format, tile, j);
-        for line in 0..BLK * BITS as usize / 32 + 1 {
-            K::V::prefetch(lines.wrapping_add(PREFETCH + line * 64));
-        }
         let (mut x, mut sums) = ([acts.q; P], [0; P]);
         for p in 0..P {
             (x[p], sums[p]) = acts.plane(rows[p / PLANES] as usize, p % PLANES, j);
         }
-        let isum = K::dot::<BITS, BLK, P>(lines, x, sums);
-        let (scale, bias) = format.scales::<K::V>(block, within);
+        let (isum, scale, bias);
+        if UNPACKED {
+            isum = K::dot_unpacked::<BITS, BLK, P>(unpacked.codes.as_ptr().cast::<u8>().add((j - first) * BLK * LANES), x);
+            let at = unpacked.scales.as_ptr().cast::<f32>().add((j - first) * 2 * LANES);
+            (scale, bias) = (K::V::load(at), K::V::load(at.add(LANES)));
+        } else {
+            let (lines, block, within) = block_at::<BITS, BLK>(format, tile, j);
+            for line in 0..BLK * BITS as usize / 32 + 1 {
+                K::V::prefetch(lines.wrapping_add(PREFETCH + line * 64));
+            }
+            isum = K::dot::<BITS, BLK, P>(lines, x, sums);
+            (scale, bias) = format.scales::<K::V>(block, within);
+        }
         for r in 0..P / PLANES {
             let at = rows[r] as usize * blocks + j;
             let isum = if PLANES == 2 { K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };

@@ -91,6 +91,25 @@ pub(crate) trait Kernel: 'static {
     /// Needs the instruction set; `w` is valid for the lines of `BLK` columns, each `x[r]` for `BLK` bytes.
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], sums: [i32; R]) -> [<Self::V as Simd>::I; R];
 
+    /// Whether [`Kernel::unpack`] and [`Kernel::dot_unpacked`] work, for weights of 6 bits.
+    const UNPACKS: bool = false;
+
+    /// Writes the numbers of `BLK` columns as bytes, a line for every four columns.
+    ///
+    /// # Safety
+    /// As [`Kernel::dot`]; `out` takes `16·BLK` bytes.
+    #[inline(always)]
+    unsafe fn unpack<const BITS: u8, const BLK: usize>(_w: *const u8, _out: *mut u8) {}
+
+    /// [`Kernel::dot`] of what [`Kernel::unpack`] wrote.
+    ///
+    /// # Safety
+    /// As [`Kernel::dot`]; only where the set unpacks.
+    #[inline(always)]
+    unsafe fn dot_unpacked<const BITS: u8, const BLK: usize, const R: usize>(_w: *const u8, _x: [*const i8; R]) -> [<Self::V as Simd>::I; R] {
+        [Self::V::splat_i(0); R]
+    }
+
     /// Exact products of up to 16 activation rows at once, where the set has a matrix unit: `out[r][row]`.
     /// Returns false where it has none.
     ///
