@@ -18,6 +18,8 @@ pub(crate) enum State {
     Ready,
     /// Given back to the system.
     Retired,
+    /// Out of the books for a while: it holds what a prefill or a read ahead puts there.
+    Lent,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -109,9 +111,7 @@ impl Bank {
                 slot
             }
         };
-        self.slots[slot] = Slot { state: State::Loading, key, pins: 1, score: self.step as f32 / HALF_LIFE };
-        self.table[key.layer * self.experts + key.expert] = slot as u32;
-        self.per_layer[key.layer] += 1;
+        self.enter(slot, key);
         Some(slot)
     }
 
@@ -125,6 +125,38 @@ impl Bank {
 
     /// Takes a slot out of service; `None` when all are pinned.
     pub fn retire(&mut self) -> Option<usize> {
+        self.take_out(State::Retired)
+    }
+
+    /// Takes a slot out of the books until [`Bank::give_back`] or [`Bank::adopt`]; `None` when all are pinned.
+    pub fn lend(&mut self) -> Option<usize> {
+        self.take_out(State::Lent)
+    }
+
+    /// A lent slot is free again.
+    pub fn give_back(&mut self, slot: usize) {
+        self.slots[slot].state = State::Free;
+        self.free.push(slot);
+    }
+
+    /// Enters `key` in the lent slot that its record goes to, `Loading` and pinned once as after [`Bank::admit`], and lends
+    /// another slot for it, which is returned. `None`, and nothing changes, when every slot is pinned.
+    pub fn adopt(&mut self, slot: usize, key: Key) -> Option<usize> {
+        let other = match self.free.pop() {
+            Some(other) => other,
+            None => {
+                let other = self.victim(Some(key.layer))?;
+                self.evict(other);
+                self.evictions += 1;
+                other
+            }
+        };
+        self.slots[other].state = State::Lent;
+        self.enter(slot, key);
+        Some(other)
+    }
+
+    fn take_out(&mut self, state: State) -> Option<usize> {
         let slot = match self.free.pop() {
             Some(slot) => slot,
             None => {
@@ -133,13 +165,24 @@ impl Bank {
                 slot
             }
         };
-        self.slots[slot].state = State::Retired;
+        self.slots[slot].state = state;
         Some(slot)
+    }
+
+    fn enter(&mut self, slot: usize, key: Key) {
+        self.slots[slot] = Slot { state: State::Loading, key, pins: 1, score: self.step as f32 / HALF_LIFE };
+        self.table[key.layer * self.experts + key.expert] = slot as u32;
+        self.per_layer[key.layer] += 1;
     }
 
     /// Slots in service.
     pub fn in_service(&self) -> usize {
         self.slots.iter().filter(|s| s.state != State::Retired).count()
+    }
+
+    /// Slots that hold experts by the books, or could.
+    pub fn keeping(&self) -> usize {
+        self.slots.iter().filter(|s| !matches!(s.state, State::Retired | State::Lent)).count()
     }
 
     fn evict(&mut self, slot: usize) {
@@ -259,5 +302,23 @@ mod tests {
         }
         bank.retire().unwrap();
         assert_eq!((bank.in_service(), bank.per_layer[0]), (2, 2));
+    }
+
+    /// Protects the books of lent slots: an adopted record is found, another slot is lent for it, and one that comes back
+    /// is free.
+    #[test]
+    fn lent_slots_are_out_of_the_books_until_adopted_or_given_back() {
+        let mut bank = Bank::new(3, 1, 8, 0);
+        bank.layer_floor = 0;
+        let lent = bank.lend().unwrap();
+        let old = [ready(&mut bank, key(0, 0)), ready(&mut bank, key(0, 1))];
+        let other = bank.adopt(lent, key(0, 5)).unwrap();
+        assert!(old.contains(&other) && bank.lookup(key(0, 5)) == Some(lent));
+        assert_eq!((bank.in_service(), bank.per_layer[0], bank.evictions), (3, 2, 1));
+        bank.give_back(other);
+        assert_eq!(bank.admit(key(0, 6)), Some(other));
+        // Everything but one is pinned: that one is lent in exchange, then nothing is left.
+        let lent = bank.lend().unwrap();
+        assert_eq!(bank.adopt(lent, key(0, 7)), None);
     }
 }

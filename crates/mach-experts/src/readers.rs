@@ -19,12 +19,16 @@ pub(crate) struct ReadJob {
     pub part: Part,
 }
 
-/// Urgency: decode waits for `Demand`, a prefill reads ahead.
+/// Urgency: decode waits for `Demand`, a prefill reads ahead, a guess comes last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Priority {
     Demand,
     PrefillAhead,
+    Guess,
 }
+
+/// Guesses that are read at the same time: a wrong one must not keep a reader from what is needed.
+const GUESSES: usize = 2;
 
 /// What came of it.
 pub(crate) struct Completion {
@@ -35,8 +39,25 @@ pub(crate) struct Completion {
 
 #[derive(Default)]
 struct Queue {
-    jobs: [VecDeque<ReadJob>; 2],
+    jobs: [VecDeque<ReadJob>; 3],
+    /// Guesses being read.
+    guesses: usize,
     closed: bool,
+}
+
+impl Queue {
+    fn pop(&mut self) -> Option<(ReadJob, Priority)> {
+        for priority in [Priority::Demand, Priority::PrefillAhead, Priority::Guess] {
+            if priority == Priority::Guess && self.guesses >= GUESSES {
+                break;
+            }
+            if let Some(job) = self.jobs[priority as usize].pop_front() {
+                self.guesses += usize::from(priority == Priority::Guess);
+                return Some((job, priority));
+            }
+        }
+        None
+    }
 }
 
 struct Shared {
@@ -77,6 +98,23 @@ impl Readers {
         queue.jobs.iter_mut().flat_map(std::mem::take).collect()
     }
 
+    /// Takes back the job of `slot`; `false` when a thread has begun it.
+    pub fn cancel(&self, slot: usize) -> bool {
+        let mut queue = self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.jobs.iter_mut().any(|jobs| jobs.iter().position(|j| j.slot == slot).and_then(|at| jobs.remove(at)).is_some())
+    }
+
+    /// Makes the job of `slot` urgent, unless a thread has begun it.
+    pub fn hurry(&self, slot: usize) {
+        let mut queue = self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let [demand, rest @ ..] = &mut queue.jobs;
+        if let Some(job) = rest.iter_mut().find_map(|jobs| jobs.iter().position(|j| j.slot == slot).and_then(|at| jobs.remove(at))) {
+            demand.push_back(job);
+        }
+        drop(queue);
+        self.shared.wake.notify_one();
+    }
+
     pub fn wait(&self) -> Result<Completion, ExpertError> {
         self.completions.recv().map_err(|_| ExpertError::ReadersGone)
     }
@@ -99,13 +137,13 @@ impl Drop for Readers {
 
 fn run(shared: &Shared, memory: &dyn ExpertMemory, source: &dyn RecordSource, tx: &Sender<Completion>) {
     loop {
-        let job = {
+        let (job, priority) = {
             let mut queue = shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
             loop {
                 if queue.closed {
                     return;
                 }
-                if let Some(job) = queue.jobs.iter_mut().find_map(VecDeque::pop_front) {
+                if let Some(job) = queue.pop() {
                     break job;
                 }
                 queue = shared.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
@@ -116,6 +154,10 @@ fn run(shared: &Shared, memory: &dyn ExpertMemory, source: &dyn RecordSource, tx
         let outcome = catch_unwind(AssertUnwindSafe(|| memory.fill(job.slot, job.part, &mut |buffers| result = source.read(job.key, job.part, buffers))));
         if outcome.is_err() {
             result = Err(ExpertError::ReadersGone);
+        }
+        if priority == Priority::Guess {
+            // This thread looks at the queue again in a moment, so nobody has to be woken for the place that is free.
+            shared.queue.lock().unwrap_or_else(PoisonError::into_inner).guesses -= 1;
         }
         if tx.send(Completion { job, result }).is_err() {
             return;

@@ -8,7 +8,7 @@ use mach_backend::{ExpertMemory, Part};
 use mach_format::{PackedLayout, RecordLayout, WeightFormat};
 
 use crate::source::{Key, RecordSource};
-use crate::store::{ExpertStore, Residency, StoreOptions};
+use crate::store::{ExpertStore, Residency, SWEEP_ROWS, StoreOptions};
 use crate::trace::{Access, Phase, Trace, TraceEvent};
 use crate::{ExpertError, floor_slots};
 
@@ -44,15 +44,22 @@ pub fn misses(trace: &Trace, slots: usize, policy: Policy) -> Result<Vec<usize>,
     match policy {
         // The store itself runs, on memory that holds nothing and reads that take no time: its books are exact.
         Policy::LfuD => {
-            let mut out = Vec::new();
+            let (mut out, mut sweep) = (Vec::new(), false);
             for event in &trace.events {
                 match event {
-                    TraceEvent::Pass(rows) => store.next_pass(*rows),
+                    TraceEvent::Pass(rows) => {
+                        sweep = *rows >= SWEEP_ROWS;
+                        store.next_pass(*rows);
+                    }
                     TraceEvent::Retired(n) => drop(store.give_up(*n as u64 * store.slot_bytes())),
                     TraceEvent::Mark(_) => {}
                     TraceEvent::Access(a) => {
                         let before = store.stats().misses;
-                        let mut lease = if a.ordered { store.stream(a.layer, &a.experts) } else { store.step(a.layer, &a.experts) };
+                        let mut lease = match a.ordered {
+                            true if sweep => store.sweep(a.layer, &a.experts),
+                            true => store.stream(a.layer, &a.experts),
+                            false => store.step(a.layer, &a.experts),
+                        };
                         while lease.next(&|| false)?.is_some() {}
                         drop(lease);
                         out.push((store.stats().misses - before) as usize);

@@ -1,13 +1,15 @@
-//! The store: slots, readers and leases of experts for one layer of one forward pass.
+//! The store: slots, readers and counters; [`Lease`]s are made here.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mach_backend::{ExpertMemory, Part};
 use mach_format::RecordLayout;
 
 use crate::ExpertError;
+use crate::ahead::{Ahead, AheadStats};
 use crate::bank::{Bank, State};
+use crate::lease::{Lease, Manner};
 use crate::readers::{Completion, Priority, ReadJob, Readers};
 use crate::source::{Key, RecordSource};
 use crate::trace::Recorder;
@@ -51,6 +53,12 @@ pub struct ExpertStats {
     pub stall: Duration,
 }
 
+/// Rows from which nearly every expert of a layer is used: of 256 with 8 active, 128 rows use 98 %.
+pub const SWEEP_ROWS: usize = 128;
+/// One in so many slots of the bank serves a sweep as scratch. The drive reads ahead as far while mixers compute, and what
+/// is put out for it is little beside what a sweep reads.
+const BORROWED_SHARE: usize = 8;
+
 /// The least slots a bank works with: the top-k of two layers, one computes while the next loads.
 pub const fn floor_slots(top_k: usize) -> usize {
     2 * top_k
@@ -59,15 +67,18 @@ pub const fn floor_slots(top_k: usize) -> usize {
 /// The experts of a model and the slots that hold some of them.
 pub struct ExpertStore<M: ExpertMemory> {
     memory: Arc<M>,
-    source: Arc<dyn RecordSource>,
-    readers: Option<Readers>,
-    bank: Bank,
-    /// Free slots of the transient prefill, beyond the bank's own.
-    scratch: Vec<usize>,
-    residency: Residency,
-    top_k: usize,
-    stats: ExpertStats,
-    recorder: Option<Recorder>,
+    pub(crate) source: Arc<dyn RecordSource>,
+    pub(crate) readers: Option<Readers>,
+    pub(crate) bank: Bank,
+    /// Free slots of transient reads, lent by the bank.
+    pub(crate) scratch: Vec<usize>,
+    /// Slots lent for the prefill under way, beyond those that always are.
+    borrowed: usize,
+    pub(crate) ahead: Ahead,
+    pub(crate) residency: Residency,
+    pub(crate) top_k: usize,
+    pub(crate) stats: ExpertStats,
+    pub(crate) recorder: Option<Recorder>,
 }
 
 impl<M: ExpertMemory> ExpertStore<M> {
@@ -95,9 +106,12 @@ impl<M: ExpertMemory> ExpertStore<M> {
         let scratch = if total >= layers * experts { 0 } else { (total / 8).clamp(1, 16) };
         let memory = Arc::new(memory);
         let readers = Readers::start(options.readers, &memory, &source).map_err(|_| ExpertError::ReadersGone)?;
+        let mut bank = Bank::new(total, layers, experts, options.top_k);
         Ok(Self {
-            bank: Bank::new(total - scratch, layers, experts, options.top_k),
-            scratch: (total - scratch..total).collect(),
+            scratch: (0..scratch).filter_map(|_| bank.lend()).collect(),
+            bank,
+            borrowed: 0,
+            ahead: Ahead::default(),
             readers: Some(readers),
             memory,
             source,
@@ -153,14 +167,19 @@ impl<M: ExpertMemory> ExpertStore<M> {
         ExpertStats { evictions: self.bank.evictions, ..self.stats }
     }
 
+    /// Counters of reads that were begun before they were asked for.
+    pub fn ahead_stats(&self) -> AheadStats {
+        self.ahead.stats
+    }
+
     /// Slots in service, scratch included.
     pub fn slots(&self) -> usize {
-        self.bank.in_service() + self.memory.slots() - self.bank.len()
+        self.bank.in_service()
     }
 
     /// Slots that keep experts: without the scratch.
     pub(crate) fn bank_slots(&self) -> usize {
-        self.bank.in_service()
+        self.bank.keeping()
     }
 
     /// Bytes of one slot.
@@ -199,243 +218,38 @@ impl<M: ExpertMemory> ExpertStore<M> {
     /// Leases `experts` (ascending, distinct) of MoE layer `layer` for a decode step: hits first, then misses as they
     /// arrive, gate|up of the last miss ahead of its down.
     pub fn step(&mut self, layer: usize, experts: &[u32]) -> Lease<'_, M> {
-        Lease::new(self, layer, experts, false)
+        Lease::new(self, layer, experts, Manner::Step)
     }
 
     /// Leases `experts` for a prefill: one at a time in ascending order, misses through free or scratch slots, nothing
     /// evicted from the bank while those last.
     pub fn stream(&mut self, layer: usize, experts: &[u32]) -> Lease<'_, M> {
-        Lease::new(self, layer, experts, true)
-    }
-}
-
-/// An expert (or a part of it) that can be computed now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ready {
-    /// Index into the leased list.
-    pub index: usize,
-    /// Where it is.
-    pub slot: usize,
-    /// What may be read: both parts, or gate|up first and down later.
-    pub part: Part,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    /// No slot yet.
-    Waiting,
-    /// Parts that have arrived and that were handed out (gate|up, down).
-    Held {
-        arrived: [bool; 2],
-        given: [bool; 2],
-    },
-    Released,
-}
-
-struct Entry {
-    expert: usize,
-    slot: usize,
-    scratch: bool,
-    stage: Stage,
-}
-
-/// Experts of one layer in use. Dropping it waits for reads under way and unpins everything.
-pub struct Lease<'a, M: ExpertMemory> {
-    store: &'a mut ExpertStore<M>,
-    layer: usize,
-    entries: Vec<Entry>,
-    ordered: bool,
-    in_flight: usize,
-    batch: Vec<Ready>,
-}
-
-impl<'a, M: ExpertMemory> Lease<'a, M> {
-    fn new(store: &'a mut ExpertStore<M>, layer: usize, experts: &[u32], ordered: bool) -> Self {
-        let mut entries = Vec::with_capacity(experts.len());
-        for &expert in experts {
-            let expert = expert as usize;
-            let (slot, stage) = match store.bank.lookup(Key { layer, expert }) {
-                Some(slot) => {
-                    store.bank.pin(slot);
-                    if !ordered {
-                        store.bank.touch(slot);
-                    }
-                    (slot, Stage::Held { arrived: [true; 2], given: [false; 2] })
-                }
-                None => (usize::MAX, Stage::Waiting),
-            };
-            match stage {
-                Stage::Waiting => store.stats.misses += 1,
-                _ if store.residency == Residency::Streaming => store.stats.hits += 1,
-                _ => {}
-            }
-            entries.push(Entry { expert, slot, scratch: false, stage });
-        }
-        if let Some(recorder) = &store.recorder {
-            let misses = entries.iter().filter(|e| e.stage == Stage::Waiting).count();
-            recorder.lease(layer, experts, ordered, misses, store.stats.stall);
-        }
-        Self { store, layer, entries, ordered, in_flight: 0, batch: Vec::new() }
+        Lease::new(self, layer, experts, Manner::Stream)
     }
 
-    /// The next experts to compute; what the previous call handed out is released. `None` when all were. Empty
-    /// batches do not occur. `cancelled` is asked before waiting.
-    ///
-    /// # Errors
-    /// A failed read or checksum, or [`ExpertError::Cancelled`]; the lease is then over.
-    pub fn next(&mut self, cancelled: &dyn Fn() -> bool) -> Result<Option<&[Ready]>, ExpertError> {
-        self.release_given();
-        self.batch.clear();
-        loop {
-            if cancelled() {
-                return Err(ExpertError::Cancelled);
-            }
-            self.issue();
-            while let Some(done) = self.store.readers.as_ref().and_then(Readers::poll) {
-                self.take(done)?;
-            }
-            self.collect();
-            if !self.batch.is_empty() {
-                return Ok(Some(&self.batch));
-            }
-            if self.in_flight == 0 {
-                return match self.entries.iter().any(|e| e.stage == Stage::Waiting) {
-                    // Nothing is held and still no slot can be had.
-                    true => Err(ExpertError::BelowFloor { slots: self.store.slots(), floor: floor_slots(self.store.top_k), top_k: self.store.top_k }),
-                    false => Ok(None),
-                };
-            }
-            let began = Instant::now();
-            let done = self.store.readers.as_ref().ok_or(ExpertError::ReadersGone)?.wait()?;
-            self.store.stats.stall += began.elapsed();
-            self.take(done)?;
-        }
+    /// As [`ExpertStore::stream`], for [`SWEEP_ROWS`] rows or more, which use nearly every expert of every layer: as soon as
+    /// the last of this layer is under way, those of the next one are read, and the least valuable slots of the bank are
+    /// scratch until the next decode step.
+    pub fn sweep(&mut self, layer: usize, experts: &[u32]) -> Lease<'_, M> {
+        Lease::new(self, layer, experts, Manner::Sweep)
     }
 
-    /// Finds slots for waiting misses and queues their reads.
-    fn issue(&mut self) {
-        let last = self.entries.iter().rposition(|e| e.stage == Stage::Waiting);
-        let mut jobs = Vec::new();
-        for i in 0..self.entries.len() {
-            if self.entries[i].stage != Stage::Waiting {
-                continue;
-            }
-            let key = Key { layer: self.layer, expert: self.entries[i].expert };
-            let bank = &mut self.store.bank;
-            let (slot, scratch) = if !self.ordered || bank.has_free() {
-                (bank.admit(key), false)
-            } else if let Some(slot) = self.store.scratch.pop() {
-                (Some(slot), true)
-            } else if self.in_flight == 0 && jobs.is_empty() && self.entries[..i].iter().all(|e| e.stage == Stage::Released) {
-                (bank.admit(key), false)
-            } else {
-                (None, false)
-            };
-            let Some(slot) = slot else { break };
-            self.entries[i] = Entry { expert: key.expert, slot, scratch, stage: Stage::Held { arrived: [false; 2], given: [false; 2] } };
-            if !self.ordered && Some(i) == last {
-                jobs.extend([Part::GateUp, Part::Down].map(|part| ReadJob { key, slot, part }));
-            } else {
-                jobs.push(ReadJob { key, slot, part: Part::Both });
-            }
+    /// A slot for a transient read. A sweep may take some from the bank.
+    pub(crate) fn transient_slot(&mut self, sweep: bool) -> Option<usize> {
+        if self.scratch.is_empty() && sweep && self.borrowed < (self.bank.len() / BORROWED_SHARE).min(self.source.experts()) {
+            let slot = self.bank.lend()?;
+            self.borrowed += 1;
+            return Some(slot);
         }
-        if let (false, Some(readers)) = (jobs.is_empty(), &self.store.readers) {
-            self.in_flight += jobs.len();
-            readers.submit(jobs, if self.ordered { Priority::PrefillAhead } else { Priority::Demand });
-        }
+        self.scratch.pop()
     }
 
-    fn take(&mut self, done: Completion) -> Result<(), ExpertError> {
-        self.in_flight -= 1;
-        let entry = self.entries.iter_mut().find(|e| e.slot == done.job.slot && e.expert == done.job.key.expert);
-        let Some(Entry { stage: Stage::Held { arrived, .. }, scratch, slot, .. }) = entry else { return Ok(()) };
-        match done.result {
-            Ok(bytes) => {
-                self.store.stats.bytes_read += bytes;
-                match done.job.part {
-                    Part::GateUp => arrived[0] = true,
-                    Part::Down => arrived[1] = true,
-                    Part::Both => *arrived = [true; 2],
-                }
-                if *arrived == [true; 2] && !*scratch {
-                    self.store.bank.set_state(*slot, State::Ready);
-                }
-                Ok(())
-            }
-            Err(error) => {
-                self.store.stats.errors += 1;
-                Err(error)
-            }
-        }
-    }
-
-    fn collect(&mut self) {
-        for (index, entry) in self.entries.iter_mut().enumerate() {
-            let slot = entry.slot;
-            match &mut entry.stage {
-                Stage::Released => {}
-                Stage::Held { arrived, given } => {
-                    let part = match (*arrived, *given) {
-                        ([true, true], [false, false]) => Part::Both,
-                        ([true, _], [false, _]) if !self.ordered => Part::GateUp,
-                        ([_, true], [true, false]) => Part::Down,
-                        _ if self.ordered => return,
-                        _ => continue,
-                    };
-                    match part {
-                        Part::Both => *given = [true; 2],
-                        Part::GateUp => given[0] = true,
-                        Part::Down => given[1] = true,
-                    }
-                    self.batch.push(Ready { index, slot, part });
-                    if self.ordered {
-                        return;
-                    }
-                }
-                Stage::Waiting if self.ordered => return,
-                Stage::Waiting => {}
-            }
-        }
-    }
-
-    fn release_given(&mut self) {
-        for entry in &mut self.entries {
-            if matches!(entry.stage, Stage::Held { given: [true, true], .. }) {
-                entry.stage = Stage::Released;
-                if entry.scratch {
-                    self.store.scratch.push(entry.slot);
-                } else {
-                    self.store.bank.unpin(entry.slot);
-                }
-            }
-        }
-    }
-}
-
-impl<M: ExpertMemory> Drop for Lease<'_, M> {
-    fn drop(&mut self) {
-        self.release_given();
-        if let Some(recorder) = &self.store.recorder {
-            recorder.released(self.store.stats.stall);
-        }
-        let Some(readers) = &self.store.readers else { return };
-        // Jobs nobody has begun are taken back, the others are waited for: a slot must not be filled behind our back.
-        self.in_flight -= readers.cancel_queued().len().min(self.in_flight);
-        while self.in_flight > 0 {
-            let Ok(done) = self.store.readers.as_ref().map_or(Err(ExpertError::ReadersGone), Readers::wait) else { break };
-            if let Err(error) = self.take(done) {
-                drop(error);
-            }
-        }
-        for entry in &self.entries {
-            let Stage::Held { arrived, .. } = entry.stage else { continue };
-            if entry.scratch {
-                self.store.scratch.push(entry.slot);
-            } else if arrived == [true; 2] {
-                self.store.bank.unpin(entry.slot);
-            } else {
-                self.store.bank.discard(entry.slot);
-            }
+    /// Gives the bank back what a sweep borrowed.
+    pub(crate) fn return_borrowed(&mut self) {
+        while self.borrowed > 0 {
+            let Some(slot) = self.scratch.pop() else { return };
+            self.bank.give_back(slot);
+            self.borrowed -= 1;
         }
     }
 }

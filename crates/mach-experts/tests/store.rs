@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use mach_backend::{Backend, Part, Reference, reference::Memory};
-use mach_experts::{ExpertError, ExpertStore, Key, RecordSource, Residency, StoreOptions};
+use mach_backend::{Backend, ExpertMemory, Part, Reference, reference::Memory};
+use mach_experts::{AheadStats, ExpertError, ExpertStore, Key, Lease, RecordSource, Residency, StoreOptions};
 use mach_format::{PackedLayout, RecordLayout, WeightFormat};
 
 const LAYERS: usize = 2;
 const EXPERTS: usize = 16;
 
-/// Every record is filled with its expert's number.
+/// Every record is filled with its layer's and expert's number.
 struct Source {
     layout: RecordLayout,
     fail: AtomicBool,
@@ -38,7 +38,7 @@ impl RecordSource for Source {
         if self.fail.load(Ordering::Relaxed) && key.expert == 7 {
             return Err(ExpertError::Checksum { layer: key.layer, expert: key.expert, part: "down", path: PathBuf::from("x") });
         }
-        buffers.into_iter().for_each(|b| b.fill(key.expert as u8));
+        buffers.into_iter().for_each(|b| b.fill((key.layer * EXPERTS + key.expert) as u8));
         Ok(4096)
     }
     fn kind(&self) -> &'static str {
@@ -170,4 +170,105 @@ fn too_small_a_bank_is_refused() {
     let (source, _) = store(4);
     let options = StoreOptions { slots: 3, readers: 1, top_k: 2, residency: Residency::Streaming };
     assert_eq!(ExpertStore::<Memory>::slots_wanted(&*source, &options).unwrap_err().code(), "bank-below-floor");
+}
+
+/// Runs a lease to its end, and looks whether every slot holds what it is said to hold.
+fn checked(mut lease: Lease<'_, Memory>, memory: &Memory, layer: usize, experts: &[u32]) -> Result<Vec<u32>, ExpertError> {
+    let mut seen = Vec::new();
+    while let Some(batch) = lease.next(&|| false)? {
+        for ready in batch {
+            let (part, expert) = (usize::from(ready.part == Part::Down), experts[ready.index]);
+            memory.fill(ready.slot, ready.part, &mut |buffers| assert_eq!(buffers[part][0] as usize, layer * EXPERTS + expert as usize));
+            if ready.part != Part::Down {
+                seen.push(expert);
+            }
+        }
+    }
+    Ok(seen)
+}
+
+/// Protects the sweep: the next layer is read ahead, each expert once and in order, and afterwards the bank has all of its
+/// slots again.
+#[test]
+fn a_sweep_reads_the_next_layer_ahead_and_nothing_twice() {
+    let all: Vec<u32> = (0..EXPERTS as u32).collect();
+    for slots in [4, 9, 16, 24] {
+        let (source, mut store) = store(slots);
+        let memory = store.memory().clone();
+        for pass in 1..4 {
+            let before = (source.reads.load(Ordering::Relaxed), store.stats().misses);
+            for layer in 0..LAYERS {
+                assert_eq!(checked(store.sweep(layer, &all), &memory, layer, &all).unwrap(), all);
+            }
+            let read = source.reads.load(Ordering::Relaxed) - before.0;
+            assert_eq!(read as u64, store.stats().misses - before.1, "{slots} slots, pass {pass}: read twice or for nothing");
+        }
+        for layer in 0..LAYERS {
+            let mut seen = checked(store.step(layer, &all), &memory, layer, &all).unwrap();
+            seen.sort_unstable();
+            assert_eq!((seen, store.slots()), (all.clone(), slots));
+        }
+    }
+    let (source, mut store) = store(16);
+    let memory = store.memory().clone();
+    checked(store.sweep(0, &all), &memory, 0, &all).unwrap();
+    while source.reads.load(Ordering::Relaxed) <= EXPERTS {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Another layer than the one that was read ahead, and fewer experts: nothing of it may be taken for theirs.
+    assert_eq!(checked(store.stream(0, &[3, 4]), &memory, 0, &[3, 4]).unwrap(), [3, 4]);
+    checked(store.step(1, &all), &memory, 1, &all).unwrap();
+}
+
+/// Protects a sweep that is given up, or that meets a bad record: the store works on.
+#[test]
+fn a_sweep_that_ends_early_leaves_a_working_store() {
+    let all: Vec<u32> = (0..EXPERTS as u32).collect();
+    let (source, mut store) = store(16);
+    let memory = store.memory().clone();
+    let mut lease = store.sweep(0, &all);
+    lease.next(&|| false).unwrap();
+    assert!(matches!(lease.next(&|| true), Err(ExpertError::Cancelled)));
+    drop(lease);
+    checked(store.sweep(0, &all), &memory, 0, &all).unwrap();
+    source.fail.store(true, Ordering::Relaxed);
+    assert_eq!(checked(store.sweep(1, &all), &memory, 1, &all).unwrap_err().code(), "expert-checksum");
+    source.fail.store(false, Ordering::Relaxed);
+    for layer in 0..LAYERS {
+        checked(store.sweep(layer, &all), &memory, layer, &all).unwrap();
+    }
+    assert_eq!(store.slots(), 16);
+}
+
+/// Protects guesses: right ones are used and stay in the bank, wrong ones cost no slot, failed ones no lease.
+#[test]
+fn guesses_move_reads_and_nothing_else() {
+    let (source, mut store) = store(24);
+    let memory = store.memory().clone();
+    let guess = |store: &mut ExpertStore<Memory>, experts: &[u32]| {
+        let mut lease = store.step(0, &[1, 2]);
+        lease.guess(1, experts);
+        checked(lease, &memory, 0, &[1, 2]).unwrap();
+    };
+    guess(&mut store, &[9, 5]);
+    checked(store.step(1, &[5, 9]), &memory, 1, &[5, 9]).unwrap();
+    assert_eq!(store.ahead_stats(), AheadStats { guessed: 2, used: 2 });
+    let before = source.reads.load(Ordering::Relaxed);
+    checked(store.step(1, &[5, 9]), &memory, 1, &[5, 9]).unwrap();
+    assert_eq!(source.reads.load(Ordering::Relaxed), before, "what was guessed right is in the bank");
+
+    source.fail.store(true, Ordering::Relaxed);
+    guess(&mut store, &[7]);
+    std::thread::sleep(Duration::from_millis(20));
+    source.fail.store(false, Ordering::Relaxed);
+    checked(store.step(1, &[7]), &memory, 1, &[7]).unwrap();
+
+    for i in 0..400 {
+        guess(&mut store, &[10 + i % 3, 13 + i % 3]);
+        checked(store.step(1, &[5, 9]), &memory, 1, &[5, 9]).unwrap();
+    }
+    assert!(!store.step(0, &[1]).wants_guess(), "wrong guesses go on");
+    let all: Vec<u32> = (0..EXPERTS as u32).collect();
+    checked(store.step(1, &all), &memory, 1, &all).unwrap();
+    assert_eq!(store.slots(), 24);
 }
