@@ -1,6 +1,9 @@
-//! Developer commands: `cargo xtask goldens`.
+//! Developer commands: `cargo xtask goldens`, `cargo xtask compare`.
 
-use std::path::{Path, PathBuf};
+mod compare;
+mod goldens;
+
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -17,50 +20,17 @@ struct Cli {
 enum Task {
     /// Make the tiny checkpoints and reference outputs that tests compare with (needs Python with transformers,
     /// installed into .cache/venv on the first run; MACH_PYTHON names another interpreter).
-    Goldens {
-        /// Where they go.
-        #[arg(long, default_value = "crates/mach-models/tests/goldens")]
-        out: PathBuf,
-        /// One shape instead of all.
-        #[arg(long)]
-        only: Option<String>,
-        /// Folder with the tokenizer and chat template of the template goldens.
-        #[arg(long, default_value = "models/tiny")]
-        tiny: PathBuf,
-    },
+    Goldens(goldens::Args),
+    /// Measure mach and llama.cpp in turns on one GGUF file of random weights.
+    Compare(compare::Args),
 }
 
 fn main() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
     match Cli::parse().command {
-        Task::Goldens { out, only, tiny } => {
-            let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in the workspace")?;
-            let mut make = Command::new(python(root)?);
-            make.current_dir(root).arg("xtask/goldens/make_goldens.py").arg("--out").arg(out);
-            match only {
-                Some(name) => make.arg("--only").arg(name),
-                None => make.arg("--tiny").arg(tiny),
-            };
-            run(&mut make)
-        }
+        Task::Goldens(args) => goldens::goldens(root, args),
+        Task::Compare(args) => compare::compare(root, &args),
     }
-}
-
-/// An interpreter with what the scripts need.
-fn python(root: &Path) -> Result<PathBuf> {
-    if let Some(python) = std::env::var_os("MACH_PYTHON") {
-        return Ok(python.into());
-    }
-    let venv = root.join(".cache/venv");
-    let (python, ready) = (venv.join("bin/python"), venv.join("requirements.installed"));
-    let requirements = root.join("xtask/goldens/requirements.txt");
-    let wanted = std::fs::read(&requirements).with_context(|| requirements.display().to_string())?;
-    // The stamp is a copy of what was installed: an interrupted or older installation is repeated.
-    if std::fs::read(&ready).ok().as_ref() != Some(&wanted) {
-        run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
-        run(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--requirement"]).arg(&requirements))?;
-        std::fs::write(&ready, wanted)?;
-    }
-    Ok(python)
 }
 
 fn run(command: &mut Command) -> Result<()> {
