@@ -102,7 +102,8 @@ impl Drive {
             let start = memory.as_ptr().align_offset(ALIGN);
             let buffer = &mut memory[start..start + point.bytes];
             let mut random = Xorshift::new(seed as u64);
-            while began.elapsed() < time {
+            // At least one, however late a thread starts on a busy machine.
+            loop {
                 let extent = fitting[random.below(fitting.len())];
                 let last = extent.records - point.bytes.div_ceil(self.stride);
                 let offset = extent.start + (random.below(last + 1) * self.stride) as u64;
@@ -110,6 +111,9 @@ impl Drive {
                     Ok(()) => bytes.fetch_add(point.bytes as u64, Ordering::Relaxed),
                     Err(_) => return failed.store(true, Ordering::Relaxed),
                 };
+                if began.elapsed() >= time {
+                    return;
+                }
             }
         };
         std::thread::scope(|scope| (0..point.depth).for_each(|seed| drop(scope.spawn(move || reader(seed)))));

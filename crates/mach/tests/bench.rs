@@ -49,7 +49,7 @@ fn benches_have_their_fields() {
 /// Protects the sweep of budgets: one object each, smaller banks and lower hit rates as memory shrinks.
 #[test]
 fn stream_gives_an_object_a_budget() {
-    let list = bench(&["stream", "--tokens", "24", "--warm-up", "8", "--budgets", "100MiB,88MiB"]);
+    let list = bench(&["stream", "--tokens", "24", "--warm-up", "8", "--budgets", "80MiB,72MiB"]);
     let list = list.as_array().unwrap();
     list.iter().for_each(keeps_the_contract);
     let of = |key: &str| -> Vec<f64> { list.iter().map(|r| r[key].as_f64().unwrap()).collect() };

@@ -153,7 +153,7 @@ fn one(args: &OneArgs, phase: Phase) -> Result<(), Error> {
     let model = args.run.model.dir()?;
     let prepared = EngineArgs::prepare_with(model.as_deref(), &LoadOptions { trace: trace.clone(), ..args.run.engine.options() })?;
     let work = args.run.work(phase);
-    let measured = run::measure(&prepared, &work)?;
+    let measured = run::measure(&prepared, &work, None)?;
     trace.as_ref().map_or(Ok(()), Recorder::finish)?;
     Report { prepared: &prepared, work, measured }.print(args.json);
     Ok(())

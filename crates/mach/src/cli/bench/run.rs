@@ -74,17 +74,17 @@ pub(super) struct Measured {
     pub kernels: &'static str,
 }
 
-/// Loads the model on its backend and runs `work`.
-pub(super) fn measure(prepared: &Prepared, work: &Work) -> Result<Measured, Error> {
+/// Loads the model on its backend and runs `work`. `known` are ceilings that were measured just before.
+pub(super) fn measure(prepared: &Prepared, work: &Work, known: Option<&Ceilings>) -> Result<Measured, Error> {
     let needed = work.depth + work.tokens + if work.phase == Phase::Decode { WARM_UP[0] } else { 0 };
     fits(prepared, needed)?;
     match prepared.backend() {
         BackendKind::Cpu => {
             let cpu = prepared.cpu()?;
             let int8 = int8_peak(prepared, &cpu);
-            measure_on(prepared, cpu, work, int8)
+            measure_on(prepared, cpu, work, int8, known)
         }
-        BackendKind::Reference => measure_on(prepared, Arc::new(Reference), work, None),
+        BackendKind::Reference => measure_on(prepared, Arc::new(Reference), work, None, known),
     }
 }
 
@@ -259,10 +259,10 @@ fn add(all: &mut ExpertStats, one: &ExpertStats) {
     all.stall += one.stall;
 }
 
-fn measure_on<B: Backend>(prepared: &Prepared, backend: Arc<B>, work: &Work, int8: Option<f64>) -> Result<Measured, Error> {
+fn measure_on<B: Backend>(prepared: &Prepared, backend: Arc<B>, work: &Work, int8: Option<f64>, known: Option<&Ceilings>) -> Result<Measured, Error> {
     eprintln!("{}", signal_line(&prepared.signals(&*backend)));
     let kernels = backend.kernels();
-    let before = ceilings(prepared, int8, work.probe)?;
+    let before = known.map_or_else(|| ceilings(prepared, int8, work.probe), |&known| Ok(known))?;
     system::forget_peak();
     let mut bar = LoadBar::new();
     let model: Model<B> = prepared.load(backend, &mut |what, done, all| bar.show(what, done, all))?;

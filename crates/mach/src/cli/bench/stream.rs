@@ -37,9 +37,12 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
         args.budgets.clone()
     };
     let mut reports: Vec<Value> = Vec::new();
+    let mut ceilings = None;
     for (i, &budget) in budgets.iter().enumerate() {
         let prepared = EngineArgs::prepare_with(model.as_deref(), &LoadOptions { memory_budget: Some(budget), ..options.clone() })?;
-        let report = Report { prepared: &prepared, work, measured: measure(&prepared, &work)? };
+        let measured = measure(&prepared, &work, ceilings.as_ref())?;
+        ceilings = Some(measured.ceilings);
+        let report = Report { prepared: &prepared, work, measured };
         if args.json {
             reports.push(report.json());
             continue;
