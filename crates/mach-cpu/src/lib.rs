@@ -24,7 +24,7 @@ pub use memory::Bank;
 pub use ops::gdn::State;
 pub use ops::linear::{GateUp, Weight};
 pub use ops::router::Routes;
-pub use peak::peak_gops;
+pub use peak::{peak_gflops, peak_gops};
 pub use pool::Pool;
 pub use tensor::Tensor;
 

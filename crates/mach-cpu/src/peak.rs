@@ -1,4 +1,4 @@
-//! The ceiling of int8 products: bare multiply-adds on registers, with the instructions that a kernel set uses.
+//! Ceilings of arithmetic: bare multiply-adds on registers, with the instructions that a kernel set uses.
 
 use std::arch::asm;
 use std::time::{Duration, Instant};
@@ -19,13 +19,23 @@ type Loop = (unsafe fn(u64), u64);
 /// the set, or where the set has no such instructions or no loop was written.
 pub fn peak_gops(set: KernelSet, threads: usize) -> Option<f64> {
     set.table()?;
-    let (run, macs) = bare(set)?;
+    bare(set).map(|bare| together(bare, threads))
+}
+
+/// The same for multiply-adds of f32.
+pub fn peak_gflops(set: KernelSet, threads: usize) -> Option<f64> {
+    set.table()?;
+    bare_f32(set).map(|bare| together(bare, threads))
+}
+
+/// 10⁹ operations per second; the loop must be one that this processor can run.
+fn together((run, macs): Loop, threads: usize) -> f64 {
     let best = move || {
         let mut best = 0.0f64;
         for _ in 0..ROUNDS {
             let (began, mut passes) = (Instant::now(), 0);
             while began.elapsed() < ROUND {
-                // SAFETY: the table above says that the processor has the instructions; the loops touch registers only.
+                // SAFETY: callers looked for the set's table, so the processor has the instructions; the loops touch registers only.
                 unsafe { run(PASSES) };
                 passes += PASSES;
             }
@@ -37,7 +47,19 @@ pub fn peak_gops(set: KernelSet, threads: usize) -> Option<f64> {
         let workers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(best)).collect();
         workers.into_iter().filter_map(|w| w.join().ok()).sum()
     });
-    Some(total / 1e9)
+    total / 1e9
+}
+
+fn bare_f32(set: KernelSet) -> Option<Loop> {
+    match set {
+        #[cfg(target_arch = "x86_64")]
+        KernelSet::Avx2 => Some((fma_avx2, 12 * 8)),
+        #[cfg(target_arch = "x86_64")]
+        KernelSet::Avx512 | KernelSet::Vnni | KernelSet::Amx => Some((fma_avx512, 12 * 16)),
+        #[cfg(target_arch = "aarch64")]
+        KernelSet::Neon | KernelSet::NeonDot | KernelSet::NeonI8mm => Some((fmla, 12 * 4)),
+        _ => None,
+    }
 }
 
 fn bare(set: KernelSet) -> Option<Loop> {
@@ -158,6 +180,43 @@ twelve!(
     ", zmm0, zmm1",
     ["zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21"]
 );
+#[cfg(target_arch = "x86_64")]
+twelve!(
+    fma_avx512,
+    "avx512f",
+    "dec {n}\njnz 2b",
+    "vfmadd231ps",
+    "zmm",
+    "",
+    ", zmm0, zmm1",
+    ["zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21"]
+);
+/// AVX2 has no registers 16 and up.
+#[cfg(target_arch = "x86_64")]
+macro_rules! fma {
+    ($acc:literal) => {
+        concat!("vfmadd231ps ymm", $acc, ", ymm0, ymm1")
+    };
+}
+#[cfg(target_arch = "x86_64")]
+define_loop!(
+    fma_avx2,
+    "avx2,fma",
+    "dec {n}\njnz 2b",
+    [fma!("2"), fma!("3"), fma!("4"), fma!("5"), fma!("6"), fma!("7"), fma!("8"), fma!("9"), fma!("10"), fma!("11"), fma!("12"), fma!("13")],
+    ["ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11", "ymm12", "ymm13"]
+);
+#[cfg(target_arch = "aarch64")]
+twelve!(
+    fmla,
+    "neon",
+    "subs {n}, {n}, #1\nb.ne 2b",
+    "fmla",
+    "v",
+    ".4s",
+    ", v0.4s, v1.4s",
+    ["v2", "v3", "v4", "v5", "v6", "v7", "v16", "v17", "v18", "v19", "v20", "v21"]
+);
 #[cfg(target_arch = "aarch64")]
 twelve!(
     sdot,
@@ -192,6 +251,7 @@ mod tests {
         if bare(set).is_some() {
             assert!(peak_gops(set, 1).is_some_and(|peak| peak > 1.0 && peak.is_finite()));
         }
-        assert_eq!(peak_gops(KernelSet::Scalar, 1), None);
+        assert_eq!((peak_gops(KernelSet::Scalar, 1), peak_gflops(KernelSet::Scalar, 1)), (None, None));
+        assert!(bare_f32(set).is_none() || peak_gflops(set, 1).is_some_and(|peak| peak > 1.0 && peak.is_finite()));
     }
 }
