@@ -12,7 +12,7 @@ use safetensors::tensor::Metadata;
 use serde_json::Value;
 
 use crate::error::FormatError;
-use crate::gguf::{GgmlType, Gguf, Metadata as GgufMetadata};
+use crate::gguf::{GgmlType, Gguf};
 use crate::sidecar::SIDECAR_DIR;
 
 pub use safetensors::Dtype;
@@ -74,11 +74,17 @@ impl Files {
     }
 }
 
+/// The file behind a checkpoint that is none. Its metadata, mostly vocabulary, is not kept.
+struct GgufFile {
+    path: PathBuf,
+    vocabulary_bytes: u64,
+}
+
 /// A checkpoint with its weight files open. Tensors are read on demand, nothing is mapped.
 pub struct Checkpoint {
     dir: PathBuf,
     /// Of a GGUF file.
-    gguf: Option<(PathBuf, GgufMetadata)>,
+    gguf: Option<GgufFile>,
     config: Value,
     generation: Option<Value>,
     tensors: IndexMap<String, TensorInfo>,
@@ -142,7 +148,8 @@ impl Checkpoint {
             }
         }
         let dir = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
-        Ok(Self { dir, gguf: Some((path, metadata)), config, generation: None, tensors, files: Arc::new(Files { open }) })
+        let gguf = Some(GgufFile { path, vocabulary_bytes: metadata.text_bytes() });
+        Ok(Self { dir, gguf, config, generation: None, tensors, files: Arc::new(Files { open }) })
     }
 
     /// The directory.
@@ -152,17 +159,17 @@ impl Checkpoint {
 
     /// What to call it in messages: the directory or the GGUF file.
     pub fn path(&self) -> &Path {
-        self.gguf.as_ref().map_or(&self.dir, |(path, _)| path)
+        self.gguf.as_ref().map_or(&self.dir, |gguf| &gguf.path)
     }
 
-    /// Metadata of a GGUF file.
-    pub fn metadata(&self) -> Option<&GgufMetadata> {
-        self.gguf.as_ref().map(|(_, metadata)| metadata)
+    /// Bytes that the vocabulary in a GGUF file would take as a `tokenizer.json`; `None` for a directory.
+    pub fn vocabulary_bytes(&self) -> Option<u64> {
+        self.gguf.as_ref().map(|gguf| gguf.vocabulary_bytes)
     }
 
     /// Where its sidecar is kept: `expert_sidecar` in a directory, `NAME.expert_sidecar` beside `NAME.gguf`.
     pub fn sidecar_dir(&self) -> PathBuf {
-        self.gguf.as_ref().map_or_else(|| self.dir.join(SIDECAR_DIR), |(path, _)| path.with_extension(SIDECAR_DIR))
+        self.gguf.as_ref().map_or_else(|| self.dir.join(SIDECAR_DIR), |gguf| gguf.path.with_extension(SIDECAR_DIR))
     }
 
     /// `config.json`, or what stands for it.

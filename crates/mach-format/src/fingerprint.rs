@@ -54,12 +54,10 @@ impl TryFrom<String> for Fingerprint {
 /// # Errors
 /// A read error.
 pub fn fingerprint(ck: &Checkpoint) -> Result<Fingerprint, FormatError> {
-    let config = match ck.metadata() {
+    let path = ck.dir().join("config.json");
+    let config = match ck.vocabulary_bytes() {
         Some(_) => ck.config().to_string().into_bytes(),
-        None => {
-            let path = ck.dir().join("config.json");
-            fs::read(&path).map_err(FormatError::io("read", &path))?
-        }
+        None => fs::read(&path).map_err(FormatError::io("read", &path))?,
     };
     let mut hasher = blake3::Hasher::new();
     let mut field = |bytes: &[u8]| {

@@ -99,6 +99,16 @@ impl Metadata {
         self.0.iter().map(|(k, v)| (k.as_str(), v))
     }
 
+    /// Bytes of all lists of texts, with what JSON needs around each.
+    pub(crate) fn text_bytes(&self) -> u64 {
+        const AROUND: u64 = 16;
+        let of = |v: &MetaValue| match v {
+            MetaValue::List(MetaList::Text(texts)) => texts.iter().map(|t| t.len() as u64 + AROUND).sum(),
+            _ => 0,
+        };
+        self.0.values().map(of).sum()
+    }
+
     fn typed<'a, T>(&'a self, key: &str, what: &str, read: impl Fn(&'a MetaValue) -> Option<T>) -> Result<Option<T>, FormatError> {
         let wrong = |v: &MetaValue| FormatError::GgufMetadata { key: key.to_owned(), problem: format!("is {}, not {what}", v.kind()) };
         self.get(key).map(|v| read(v).ok_or_else(|| wrong(v))).transpose()
