@@ -57,11 +57,15 @@ impl TextModel {
     pub fn open(dir: &Path) -> Result<Self, TextError> {
         let tokenizer = Tokenizer::open(dir)?;
         let template = ChatTemplate::open(dir, &tokenizer);
-        let mut defaults = GenerationDefaults::read(dir)?;
+        Ok(Self::new(tokenizer, template, GenerationDefaults::read(dir)?, dir))
+    }
+
+    /// The text side of a model whose parts come from elsewhere, for example a GGUF file. `path` is what errors call it.
+    pub fn new(tokenizer: Tokenizer, template: Result<ChatTemplate, TextError>, mut defaults: GenerationDefaults, path: &Path) -> Self {
         if defaults.eos.is_empty() {
             defaults.eos.extend(tokenizer.eos_id());
         }
-        Ok(Self { tokenizer: Arc::new(tokenizer), template, defaults, dir: dir.into() })
+        Self { tokenizer: Arc::new(tokenizer), template, defaults, dir: path.into() }
     }
 
     /// The tokenizer.

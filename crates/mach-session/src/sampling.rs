@@ -27,7 +27,8 @@ impl GenerationDefaults {
         Ok(Self::from_json(&generation, &config))
     }
 
-    fn from_json(generation: &Value, config: &Value) -> Self {
+    /// The same from what these files would say.
+    pub fn from_json(generation: &Value, config: &Value) -> Self {
         let mut eos = Vec::new();
         for source in [generation, config, &config["text_config"]] {
             let ids = match &source["eos_token_id"] {

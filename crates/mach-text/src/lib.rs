@@ -2,6 +2,7 @@
 
 mod decode;
 mod error;
+mod gguf;
 mod python;
 mod stop;
 mod template;
@@ -9,6 +10,7 @@ mod tokenizer;
 
 pub use decode::TextDecoder;
 pub use error::TextError;
+pub use gguf::{GgufVocab, tokenizer_json};
 pub use stop::{Scanned, StopMatcher};
 pub use template::ChatTemplate;
 pub use tokenizer::{Tokenizer, read_json};

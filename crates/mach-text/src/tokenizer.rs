@@ -27,15 +27,6 @@ impl Tokenizer {
     pub fn open(dir: &Path) -> Result<Self, TextError> {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|source| TextError::Read { path: path.clone(), source })?;
-        let invalid = |reason: String| TextError::Invalid { path: path.clone(), reason };
-        let mut inner = HfTokenizer::from_bytes(&bytes).map_err(|e| invalid(e.to_string()))?;
-        drop(bytes);
-        // A prompt is never cut or padded, whatever the file was saved with.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| invalid(e.to_string()))?;
-        let decoder = serde_json::to_value(inner.get_decoder()).map_err(|e| invalid(e.to_string()))?;
-        let kind = DecoderKind::from_json(&decoder).map_err(|decoder| TextError::UnsupportedDecoder { path: path.clone(), decoder })?;
-
         let mut named = Map::new();
         if let Some(config) = read_json(&dir.join("tokenizer_config.json"))? {
             for name in NAMED_TOKENS {
@@ -46,6 +37,21 @@ impl Tokenizer {
                 }
             }
         }
+        Self::from_json(&bytes, named, &path)
+    }
+
+    /// A tokenizer from the text of a `tokenizer.json` and its named tokens (`eos_token` …). `path` is what errors call it.
+    ///
+    /// # Errors
+    /// [`TextError::Invalid`], [`TextError::UnsupportedDecoder`].
+    pub fn from_json(json: &[u8], named: Map<String, Value>, path: &Path) -> Result<Self, TextError> {
+        let invalid = |reason: String| TextError::Invalid { path: path.to_owned(), reason };
+        let mut inner = HfTokenizer::from_bytes(json).map_err(|e| invalid(e.to_string()))?;
+        // A prompt is never cut or padded, whatever the file was saved with.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| invalid(e.to_string()))?;
+        let decoder = serde_json::to_value(inner.get_decoder()).map_err(|e| invalid(e.to_string()))?;
+        let kind = DecoderKind::from_json(&decoder).map_err(|decoder| TextError::UnsupportedDecoder { path: path.to_owned(), decoder })?;
         let eos = named.get("eos_token").and_then(Value::as_str).and_then(|t| inner.token_to_id(t));
         let pieces = Pieces::new(&inner, kind);
         Ok(Self { inner, pieces, named, eos })

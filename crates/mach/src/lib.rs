@@ -15,6 +15,7 @@ mod rates;
 mod routing;
 pub mod synthetic;
 pub mod system;
+mod text;
 mod units;
 
 pub use error::Error;

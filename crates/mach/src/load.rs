@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mach_backend::{Backend, KvType, Reference};
-use mach_cpu::{Cpu, CpuOptions};
+use mach_cpu::{ActivationBits, Cpu, CpuOptions};
 use mach_engine::{EngineHandle, EngineInfo};
 use mach_experts::trace::{Recorder, TraceHeader};
 use mach_experts::{RecordSource, Residency};
@@ -14,6 +14,7 @@ use mach_session::{Session, TextModel};
 
 use crate::estimate::{Estimate, estimate};
 use crate::locate::{ModelPath, locate};
+use crate::text::open_text;
 use crate::units::{seconds, size};
 use crate::{Error, system};
 
@@ -44,6 +45,8 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// Rows of a prefill chunk.
     pub prefill_chunk: Option<usize>,
+    /// Precision of activations against quantised weights.
+    pub activation_bits: ActivationBits,
     /// What computes.
     pub backend: BackendKind,
     /// An expert sidecar elsewhere than beside the checkpoint.
@@ -134,7 +137,8 @@ impl Found {
             slot_bytes: source.as_ref().map_or(0, |s| s.part_bytes().iter().map(|&b| b as u64).sum()),
             quantised,
         };
-        let tokenizer_bytes = std::fs::metadata(path.dir.join("tokenizer.json")).map_or(0, |m| m.len() * TOKENIZER_FACTOR);
+        let in_file = || std::fs::metadata(path.dir.join("tokenizer.json")).map_or(0, |m| m.len());
+        let tokenizer_bytes = files.checkpoint().vocabulary_bytes().unwrap_or_else(in_file) * TOKENIZER_FACTOR;
         let wanted = PlanOptions {
             budget: options.memory_budget,
             bank: options.bank,
@@ -160,12 +164,25 @@ impl Prepared {
     /// # Errors
     /// Kernels that the processor lacks.
     pub fn cpu(&self) -> Result<Arc<Cpu>, Error> {
-        Ok(Arc::new(Cpu::new(CpuOptions { threads: self.options.threads, kernels: mach_cpu::KernelSet::from_env()?, ..CpuOptions::default() })?))
+        Ok(Arc::new(Cpu::new(CpuOptions {
+            threads: self.options.threads,
+            kernels: mach_cpu::KernelSet::from_env()?,
+            activation_bits: self.options.activation_bits,
+        })?))
     }
 
     /// Which backend was asked for.
     pub fn backend(&self) -> BackendKind {
         self.options.backend
+    }
+
+    /// Bits of activations against quantised weights; 32 on the reference backend, which does not round them.
+    pub fn activation_bits(&self) -> u8 {
+        match (self.options.backend, self.options.activation_bits) {
+            (BackendKind::Reference, _) => 32,
+            (_, ActivationBits::Eight) => 8,
+            (_, ActivationBits::Sixteen) => 16,
+        }
     }
 
     /// Compute threads.
@@ -264,6 +281,7 @@ impl Prepared {
             ("backend", backend.name().to_owned()),
             ("kernels", backend.kernels().to_owned()),
             ("threads", self.threads().to_string()),
+            ("activation_bits", self.activation_bits().to_string()),
             ("expert_residency", self.mode().to_owned()),
             ("expert_source", source.map_or("none", RecordSource::kind).to_owned()),
             ("direct_pread", flag(source.is_some_and(RecordSource::direct))),
@@ -317,7 +335,7 @@ impl Loaded {
     pub fn session(&self) -> Result<Session, Error> {
         let text = self.text.clone().ok_or_else(|| Error::Input {
             code: "no-tokenizer",
-            message: format!("{} has no tokenizer.json: copy it there, or give token ids with --tokens", self.path.dir.display()),
+            message: format!("{} has no tokenizer (tokenizer.json): copy it there, or give token ids with --tokens", self.path.dir.display()),
         })?;
         Ok(Session::new(self.engine.clone(), text))
     }
@@ -351,8 +369,7 @@ pub fn load(model: Option<&str>, options: &LoadOptions) -> Result<Loaded, Error>
 /// As [`load`].
 pub fn load_with(prepared: &Prepared, progress: Progress<'_>) -> Result<Loaded, Error> {
     let began = std::time::Instant::now();
-    let has_text = prepared.path.dir.join("tokenizer.json").exists();
-    let text = has_text.then(|| TextModel::open(&prepared.path.dir)).transpose()?.map(Arc::new);
+    let text = open_text(&prepared.path.dir)?.map(Arc::new);
     let estimate = prepared.estimate();
     let engine = prepared.start(progress)?;
     Ok(Loaded { engine, text, plan: prepared.plan.clone(), load_ms: began.elapsed().as_secs_f64() * 1e3, estimate, path: prepared.path.clone() })

@@ -1,4 +1,4 @@
-//! Finding models: a directory, `org/name` in the Hugging Face cache, or the built-in one.
+//! Finding models: a directory, a GGUF file, `org/name` in the Hugging Face cache, or the built-in one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use crate::Error;
 /// A model on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelPath {
-    /// Its directory.
+    /// Its directory, or its GGUF file.
     pub dir: PathBuf,
     /// What to call it.
     pub name: String,
@@ -30,6 +30,10 @@ pub fn hub_cache() -> PathBuf {
 pub fn locate(model: Option<&str>) -> Result<ModelPath, Error> {
     let Some(model) = model else { return builtin() };
     let path = Path::new(model);
+    if let Some(file) = mach_models::gguf_file(path) {
+        let name = file.file_stem().map_or_else(|| model.to_owned(), |n| n.to_string_lossy().into_owned());
+        return Ok(ModelPath { dir: file, name, builtin: false });
+    }
     if path.is_dir() {
         let absolute = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let name = absolute.file_name().map_or_else(|| model.to_owned(), |n| n.to_string_lossy().into_owned());

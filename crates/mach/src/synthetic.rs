@@ -1,6 +1,8 @@
 //! Packs of random weights in the shape of published models: speed, memory and drive behave as they do at the size that
 //! people run, and nothing has to be downloaded. What such a model says is noise.
 
+mod gguf;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -15,10 +17,15 @@ use serde_json::{Map, Value, json};
 use crate::Error;
 use crate::rates::Xorshift;
 
+pub use gguf::gguf;
+
 /// Columns that share a scale.
 const GROUP: u16 = 64;
 /// Bytes that are made and written at once.
 const PIECE: usize = 8 << 20;
+/// ChatML.
+const TEMPLATE: &str = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}\
+    {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}";
 /// Names of the shapes that [`Shape::named`] knows.
 pub const SHAPES: [&str; 2] = ["qwen3.6-35b-a3b", "qwen3-30b-a3b"];
 
@@ -384,12 +391,10 @@ fn companions(shape: &Shape, bits: u8) -> Vec<(&'static str, String)> {
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
             "byte_fallback": false, "vocab": vocab, "merges": []},
     });
-    let template = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}\
-        {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}";
     vec![
         ("tokenizer.json", tokenizer.to_string()),
         ("tokenizer_config.json", json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}).to_string()),
-        ("chat_template.jinja", template.to_owned()),
+        ("chat_template.jinja", TEMPLATE.to_owned()),
         ("generation_config.json", json!({"eos_token_id": [258, 256], "pad_token_id": 256}).to_string()),
         ("README.md", format!("Random weights in the shape of {}, for measuring speed; written by `mach bench`, safe to delete.\n", shape.name)),
         ("config.json", format!("{config:#}\n")),

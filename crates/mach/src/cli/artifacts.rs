@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mach_format::{BuildProgress, BuildReport, Checkpoint, SIDECAR_DIR, free_space, sidecar, write_pack, write_sidecar};
-use mach_models::Resolved;
+use mach_models::{Resolved, open_checkpoint};
 use serde_json::json;
 
 use super::output::{self, size};
@@ -76,9 +76,9 @@ fn build(args: &Build) -> Result<(), Error> {
         return Err(Error::Usage("--bits is 4 or 8, --group-size 32, 64 or 128".to_owned()));
     }
     let path = locate(Some(&args.model))?;
-    let files = Resolved::open(Arc::new(Checkpoint::open(&path.dir)?))?;
+    let files = Resolved::open(Arc::new(open_checkpoint(&path.dir)?))?;
     let plan = files.pack_plan(args.bits.map(|b| (b, args.group_size)))?;
-    let target = args.out.clone().unwrap_or_else(|| path.dir.join(SIDECAR_DIR));
+    let target = args.out.clone().unwrap_or_else(|| files.checkpoint().sidecar_dir());
     let bar = bar();
     let began = std::time::Instant::now();
     let progress = &mut |p: BuildProgress| {
@@ -120,10 +120,12 @@ pub(super) fn bar() -> ProgressBar {
     bar
 }
 
-/// The sidecar of a model directory, or the directory itself.
+/// The sidecar of a model, or the directory itself.
 fn sidecar_dir(model: &str) -> Result<PathBuf, Error> {
-    let dir = if Path::new(model).join("manifest.json").is_file() { PathBuf::from(model) } else { locate(Some(model))?.dir.join(SIDECAR_DIR) };
-    Ok(dir)
+    if Path::new(model).join("manifest.json").is_file() {
+        return Ok(PathBuf::from(model));
+    }
+    Ok(open_checkpoint(&locate(Some(model))?.dir)?.sidecar_dir())
 }
 
 fn verify(args: &Target) -> Result<(), Error> {
@@ -138,6 +140,10 @@ fn verify(args: &Target) -> Result<(), Error> {
     // A sidecar beside a checkpoint must also be that checkpoint's own.
     if let Some(model) = dir.parent().filter(|p| p.join("config.json").is_file()) {
         mach_format::Sidecar::open(&dir, &mach_format::fingerprint(&Checkpoint::open(model)?)?)?;
+    }
+    let gguf = dir.with_extension("gguf");
+    if dir.extension().is_some_and(|e| e == SIDECAR_DIR) && gguf.is_file() {
+        mach_format::Sidecar::open(&dir, &mach_format::fingerprint(&open_checkpoint(&gguf)?)?)?;
     }
     if args.json {
         output::json_line(&json!({"path": dir, "valid": true, "layers": report.layers, "records": report.records, "bytes": report.bytes}));

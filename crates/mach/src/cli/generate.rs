@@ -119,7 +119,8 @@ fn text_events(args: &Args, session: &Session, tokens: Option<Vec<u32>>, text: S
 
 /// Ids in, ids out, for a checkpoint without a tokenizer.
 fn bare_events(args: &Args, loaded: &Loaded, prompt: Vec<u32>) -> Result<Events, Error> {
-    let stop_ids = if args.ignore_eos { Vec::new() } else { GenerationDefaults::read(&loaded.path.dir)?.eos };
+    let bare = args.ignore_eos || loaded.path.dir.is_file();
+    let stop_ids = if bare { Vec::new() } else { GenerationDefaults::read(&loaded.path.dir)?.eos };
     let (cancel, events) = loaded.engine.submit_channel(Request {
         prompt,
         sampling: args.sampling.overrides().resolve(&SamplingOverrides::default()),

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use mach_session::{ChatInput, TextModel};
+use mach_session::ChatInput;
 use serde_json::{Map, Value, json};
 
 use super::args::read_json;
 use super::output;
+use crate::text::text_of;
 use crate::{Error, locate};
 
 #[derive(clap::Args)]
@@ -35,7 +36,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Error> {
-    let text = TextModel::open(&locate(args.model.as_deref())?.dir)?;
+    let text = text_of(&locate(args.model.as_deref())?.dir)?;
     let prompt = match &args.messages {
         None => text.raw_prompt(args.text.as_deref().unwrap_or_default())?,
         Some(path) => {

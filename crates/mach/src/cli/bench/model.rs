@@ -20,6 +20,9 @@ pub(super) struct ModelArgs {
     /// Bits per weight of the shape
     #[arg(long, value_name = "BITS", default_value = "4", value_parser = ["4", "8"], requires = "synthetic")]
     bits: String,
+    /// A pack, or a GGUF file of Q4_K (what llama.cpp reads too)
+    #[arg(long, value_name = "FORMAT", default_value = "pack", value_parser = ["pack", "gguf"], requires = "synthetic")]
+    format: String,
     /// Where synthetic models are kept [default: mach in $XDG_CACHE_HOME or ~/.cache]
     #[arg(long, value_name = "DIR", env = "MACH_CACHE_DIR")]
     cache_dir: Option<PathBuf>,
@@ -41,10 +44,14 @@ impl ModelArgs {
         }
         let cache = self.cache_dir.clone().unwrap_or_else(synthetic::default_cache);
         let bar = crate::cli::artifacts::bar();
-        let dir = synthetic::pack(&shape, if self.bits == "8" { 8 } else { 4 }, &cache, &mut |done, all| {
+        let progress = &mut |done, all| {
             bar.set_length(all);
             bar.set_position(done);
-        });
+        };
+        let dir = match self.format.as_str() {
+            "gguf" => synthetic::gguf(&shape, &cache, progress),
+            _ => synthetic::pack(&shape, if self.bits == "8" { 8 } else { 4 }, &cache, progress),
+        };
         bar.finish_and_clear();
         Ok(dir?.to_string_lossy().into_owned())
     }

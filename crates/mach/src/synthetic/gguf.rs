@@ -1,0 +1,253 @@
+//! The same shapes as GGUF files, for comparisons with other engines on one file: Q4_K for linears and experts, Q6_K for
+//! the output head, Q8_0 for the embedding, F32 for what is small.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mach_format::gguf::{GgufTensor, GgufWriter, MetaList, MetaValue, Metadata};
+use mach_format::{BlockFormat, FormatError, WeightFormat};
+use mach_models::spec::{FfnSpec, MixerSpec, ModelSpec};
+use mach_models::{MoeArchAdapter, spec_of};
+
+use super::{Content, Draw, PIECE, Shape, fill_random, letter, residents, unit_gain};
+use crate::Error;
+use crate::rates::Xorshift;
+
+/// The file of `shape` under `cache`, written now unless it is there already. `progress` gets bytes done and bytes of all.
+///
+/// # Errors
+/// Shapes whose rows are not whole blocks of 256, no room, a folder that cannot be written.
+pub fn gguf(shape: &Shape, cache: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<PathBuf, Error> {
+    let (_, spec) = spec_of(&shape.config)?;
+    let dir = cache.join("synthetic");
+    let path = dir.join(format!("{}-{}layers-q4_k.gguf", shape.name, spec.layers.len()));
+    if !path.is_file() {
+        fs::create_dir_all(&dir).map_err(Error::io(format!("create {}", dir.display())))?;
+        write(shape, &path, progress)?;
+    }
+    Ok(path)
+}
+
+/// A tensor and what its values are drawn from.
+struct Filled {
+    tensor: GgufTensor,
+    fill: Fill,
+}
+
+enum Fill {
+    /// Blocks of this standard deviation.
+    Blocks {
+        format: BlockFormat,
+        std: f32,
+    },
+    Values {
+        draw: Draw,
+        map: fn(f32) -> f32,
+    },
+}
+
+fn write(shape: &Shape, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
+    let (arch, spec) = spec_of(&shape.config)?;
+    let tensors = tensors(arch, &spec)?;
+    let plan: Vec<GgufTensor> = tensors.iter().map(|t| t.tensor.clone()).collect();
+    let total = plan.iter().map(GgufTensor::bytes).sum::<Result<u64, _>>()?;
+    let free = mach_format::free_space(path)?;
+    if total > free {
+        return Err(FormatError::DiskFull { path: path.to_owned(), needed: total, free }.into());
+    }
+    let mut writer = GgufWriter::create(path, &metadata(&shape.name, arch, &spec), &plan)?;
+    let mut done = 0;
+    let mut piece = vec![0; PIECE];
+    for (i, Filled { tensor, fill }) in tensors.iter().enumerate() {
+        let random = &mut Xorshift::new(i as u64);
+        let block = match fill {
+            Fill::Blocks { format, .. } => format.source_bytes(),
+            Fill::Values { .. } => 4,
+        };
+        let headers = match fill {
+            Fill::Blocks { format, std } => headers(*format, *std, random),
+            Fill::Values { .. } => Vec::new(),
+        };
+        let mut left = tensor.bytes()? as usize;
+        while left > 0 {
+            let piece = &mut piece[..left.min(PIECE / block * block)];
+            match fill {
+                Fill::Blocks { format, .. } => fill_blocks(*format, &headers, piece, random),
+                Fill::Values { draw, map } => piece.as_chunks_mut().0.iter_mut().for_each(|v| *v = map(draw.value(random)).to_le_bytes()),
+            }
+            writer.write(&tensor.name, piece)?;
+            left -= piece.len();
+            done += piece.len() as u64;
+            progress(done, total);
+        }
+    }
+    Ok(writer.finish()?)
+}
+
+/// Every tensor, in the order of the layers.
+fn tensors(arch: &MoeArchAdapter, spec: &ModelSpec) -> Result<Vec<Filled>, Error> {
+    let names = arch.gguf.names;
+    let named = |name: &str| names.original(name).ok_or_else(|| FormatError::Plan { reason: format!("{name} has no name in GGUF") });
+    let blocks = |name: String, shape: Vec<usize>, format: BlockFormat, std: f32| Filled {
+        tensor: GgufTensor { name, format: WeightFormat::Block(format), shape },
+        fill: Fill::Blocks { format, std },
+    };
+    let mut all = Vec::new();
+    for resident in residents(arch, spec, false) {
+        let filled = match resident.content {
+            Content::Matrix { rows, cols, std } => {
+                let format = match resident.name.as_str() {
+                    name if name == arch.names.heads[0] => BlockFormat::Q6K,
+                    name if name.ends_with("embed_tokens") => BlockFormat::Q8_0,
+                    _ => BlockFormat::Q4K,
+                };
+                blocks(named(&format!("{}.weight", resident.name))?, vec![rows, cols], format, std)
+            }
+            Content::Plain { shape, draw, .. } => {
+                // As ggml's converter stores them: norms with the one added, decays as −exp, no dimensions of one.
+                let one_plus = arch.one_plus_norm && resident.name.ends_with("norm.weight") && !resident.name.contains(arch.names.gdn_small[3]);
+                let (name, map): (String, fn(f32) -> f32) = match resident.name.strip_suffix(arch.names.gdn_small[1]) {
+                    Some(layer) => (format!("{layer}{}", arch.names.gdn_neg_exp), |a| -a.exp()),
+                    None if one_plus => (resident.name, |w| w + 1.0),
+                    None => (resident.name, |w| w),
+                };
+                let shape = shape.into_iter().filter(|&n| n > 1).collect();
+                Filled { tensor: GgufTensor { name: named(&name)?, format: WeightFormat::F32, shape }, fill: Fill::Values { draw, map } }
+            }
+        };
+        all.push(filled);
+    }
+    for (layer, moe) in spec.moe_layers() {
+        let (experts, inner, hidden) = (moe.router.experts, moe.inner, spec.hidden);
+        for (module, rows, cols) in arch.names.switch.iter().zip([(inner, hidden), (inner, hidden), (hidden, inner)]).map(|(m, (r, c))| (m, r, c)) {
+            let name = named(&format!("{}{layer}.{module}.weight", names.layers))?;
+            all.push(blocks(name, vec![experts, rows, cols], BlockFormat::Q4K, unit_gain(cols)));
+        }
+    }
+    Ok(all)
+}
+
+/// Different beginnings (or ends) of blocks: scales.
+const HEADERS: usize = 64;
+
+/// What stands in a block beside its random numbers: scales that differ by a factor of two, values of mean 0.
+fn headers(format: BlockFormat, std: f32, random: &mut Xorshift) -> Vec<Vec<u8>> {
+    let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
+    let mut one = || match format {
+        // Standard deviations of the stored numbers: 73.9 of 8 bits, 18.5 of 6, 4.61 of 4.
+        BlockFormat::Q8_0 => half(std / 73.9 * (0.75 + 0.5 * random.unit())).to_vec(),
+        BlockFormat::Q6K => {
+            let mut scales: Vec<u8> =
+                (0..16).map(|_| (8 + random.next() as i8 & 7).wrapping_mul(if random.next() & 256 == 0 { 1 } else { -1 }) as u8).collect();
+            scales.extend(half(std / (18.5 * 11.7)));
+            scales
+        }
+        BlockFormat::Q4K => {
+            // Scales and minima are equal, and `dmin` is the mean of the numbers times `d`.
+            let sc: [u8; 8] = std::array::from_fn(|_| 16 + (random.next() & 15) as u8);
+            let d = std / (4.61 * 24.0);
+            let mut out = [half(d), half(d * 7.5)].concat();
+            out.extend((0..8).map(|j| sc[j % 4] & 63 | sc[j % 4 + 4] >> 4 << 6));
+            out.extend((4..8).map(|j| sc[j] & 15 | (sc[j] & 15) << 4));
+            out
+        }
+    };
+    (0..HEADERS).map(|_| one()).collect()
+}
+
+fn fill_blocks(format: BlockFormat, headers: &[Vec<u8>], out: &mut [u8], random: &mut Xorshift) {
+    fill_random(out, random);
+    let at_end = format == BlockFormat::Q6K;
+    for block in out.chunks_exact_mut(format.source_bytes()) {
+        let header = &headers[random.next() as usize % HEADERS];
+        let at = if at_end { block.len() - header.len() } else { 0 };
+        block[at..at + header.len()].copy_from_slice(header);
+    }
+}
+
+fn metadata(name: &str, arch: &MoeArchAdapter, spec: &ModelSpec) -> Metadata {
+    let mut m = Metadata::default();
+    let text = |t: &str| MetaValue::Text(t.to_owned());
+    let size = |n: usize| MetaValue::U32(n as u32);
+    m.set("general.architecture", text(arch.gguf.name));
+    m.set("general.name", text(&format!("{name}, random weights")));
+    m.set("general.quantization_version", size(2));
+    // Mostly Q4_K.
+    m.set("general.file_type", size(15));
+    let prefix = arch.gguf.name;
+    let mut set = |key: &str, value: MetaValue| m.set(format!("{prefix}.{key}"), value);
+    set("block_count", size(spec.layers.len()));
+    set("context_length", size(spec.max_positions));
+    set("embedding_length", size(spec.hidden));
+    set("attention.layer_norm_rms_epsilon", MetaValue::F32(spec.eps));
+    set("rope.freq_base", MetaValue::F32(spec.rope.theta as f32));
+    set("rope.dimension_count", size(spec.rotary_dims));
+    let recurrent: Vec<bool> = spec.layers.iter().map(|l| matches!(l.mixer, MixerSpec::Gdn(_))).collect();
+    for layer in &spec.layers {
+        match &layer.mixer {
+            MixerSpec::Attention(a) => {
+                set("attention.head_count", size(a.heads));
+                set("attention.head_count_kv", size(a.kv_heads));
+                set("attention.key_length", size(a.head_dim));
+                set("attention.value_length", size(a.head_dim));
+            }
+            MixerSpec::Gdn(g) => {
+                set("ssm.conv_kernel", size(g.kernel));
+                set("ssm.state_size", size(g.k_dim));
+                set("ssm.group_count", size(g.k_heads));
+                set("ssm.time_step_rank", size(g.v_heads));
+                set("ssm.inner_size", size(g.v_heads * g.v_dim));
+            }
+        }
+        if let FfnSpec::Moe(moe) = &layer.ffn {
+            set("expert_count", size(moe.router.experts));
+            set("expert_used_count", size(moe.router.top_k));
+            set("expert_feed_forward_length", size(moe.inner));
+            set("feed_forward_length", size(moe.inner));
+            if let Some(shared) = moe.shared {
+                set("expert_shared_feed_forward_length", size(shared));
+            }
+        }
+    }
+    if recurrent.contains(&true) {
+        set("attention.recurrent_layers", MetaValue::List(MetaList::Bool(recurrent)));
+        // Pairs of channels that turn with time, height and width.
+        let (half, third) = (spec.rotary_dims / 2, spec.rotary_dims.div_ceil(6));
+        set("rope.dimension_sections", MetaValue::List(MetaList::Int([third, third, half - 2 * third, 0].map(|n| n as i64).to_vec())));
+    }
+    tokenizer(&mut m, if arch.one_plus_norm { "qwen35" } else { "qwen2" }, spec.vocab);
+    m
+}
+
+/// A tokenizer of bytes with ChatML's tokens, filled up to the size of the vocabulary.
+fn tokenizer(m: &mut Metadata, pre: &str, vocab: usize) {
+    let mut tokens: Vec<String> = (0..=255u8).map(|byte| letter(byte).to_string()).collect();
+    let special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+    tokens.extend(special.map(str::to_owned));
+    // Readers of byte-level vocabularies want a merge.
+    tokens.push("aa".to_owned());
+    let named = tokens.len();
+    tokens.extend((named..vocab).map(|id| format!("<|unused_{id}|>")));
+    tokens.truncate(vocab);
+    // 1 normal, 3 control, 5 unused.
+    let kind = |id: usize| {
+        if (256..259).contains(&id) {
+            3
+        } else if id >= named {
+            5
+        } else {
+            1
+        }
+    };
+    let kinds = (0..vocab).map(kind).collect();
+    let text = |t: &str| MetaValue::Text(t.to_owned());
+    m.set("tokenizer.ggml.model", text("gpt2"));
+    m.set("tokenizer.ggml.pre", text(pre));
+    m.set("tokenizer.ggml.tokens", MetaValue::List(MetaList::Text(tokens)));
+    m.set("tokenizer.ggml.token_type", MetaValue::List(MetaList::Int(kinds)));
+    m.set("tokenizer.ggml.merges", MetaValue::List(MetaList::Text(vec!["a a".to_owned()])));
+    m.set("tokenizer.ggml.eos_token_id", MetaValue::U32(258));
+    m.set("tokenizer.ggml.padding_token_id", MetaValue::U32(256));
+    m.set("tokenizer.ggml.add_bos_token", MetaValue::Bool(false));
+    m.set("tokenizer.chat_template", text(super::TEMPLATE));
+}

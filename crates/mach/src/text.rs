@@ -1,0 +1,79 @@
+//! The text side of a model: that of its directory, or what the metadata of its GGUF file says.
+
+use std::path::Path;
+
+use mach_format::gguf::{Gguf, MetaList, Metadata};
+use mach_session::{GenerationDefaults, TextModel};
+use mach_text::{ChatTemplate, GgufVocab, TextError, Tokenizer, tokenizer_json};
+use serde_json::{Map, Value, json};
+
+use crate::Error;
+
+/// The text side of a model; `None` for one without a tokenizer.
+///
+/// # Errors
+/// Files that are malformed, tokenizers of a kind that is not supported.
+pub(crate) fn open_text(path: &Path) -> Result<Option<TextModel>, Error> {
+    if path.is_file() {
+        return of_metadata(path, Gguf::open(path).map_err(mach_models::ModelError::from)?.metadata());
+    }
+    Ok(path.join("tokenizer.json").exists().then(|| TextModel::open(path)).transpose()?)
+}
+
+/// The text side of a model that must have one.
+///
+/// # Errors
+/// As [`open_text`], and a model without a tokenizer.
+pub(crate) fn text_of(path: &Path) -> Result<TextModel, Error> {
+    if !path.is_file() {
+        return Ok(TextModel::open(path)?);
+    }
+    open_text(path)?.ok_or_else(|| Error::Input { code: "no-tokenizer", message: format!("{} has no tokenizer", path.display()) })
+}
+
+fn of_metadata(path: &Path, m: &Metadata) -> Result<Option<TextModel>, Error> {
+    let format = |e| Error::from(mach_models::ModelError::from(e));
+    let model = m.text("tokenizer.ggml.model").map_err(format)?.unwrap_or("none");
+    let Some(tokens) = m.texts("tokenizer.ggml.tokens").map_err(format)?.filter(|_| !matches!(model, "none" | "no_vocab")) else { return Ok(None) };
+    let kinds: &[i64] = match m.list("tokenizer.ggml.token_type").map_err(format)? {
+        Some(MetaList::Int(kinds)) => kinds,
+        _ => &[],
+    };
+    let vocab = GgufVocab {
+        model,
+        pre: m.text("tokenizer.ggml.pre").map_err(format)?.unwrap_or("default"),
+        tokens,
+        kinds,
+        merges: m.texts("tokenizer.ggml.merges").map_err(format)?.unwrap_or_default(),
+    };
+    let json = tokenizer_json(&vocab).map_err(|reason| TextError::Invalid { path: path.to_owned(), reason })?;
+    let mut named = Map::new();
+    let mut eos = Vec::new();
+    for (name, key) in [("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("eot_token", "eot")] {
+        let id = m.size(&format!("tokenizer.ggml.{key}_token_id")).map_err(format)?;
+        if let Some((id, token)) = id.and_then(|id| Some((id, tokens.get(usize::try_from(id).ok()?)?))) {
+            named.insert(name.to_owned(), json!(token));
+            if matches!(key, "eos" | "eot") {
+                eos.push(id);
+            }
+        }
+    }
+    // Turns of ChatML end with either; files name one of them.
+    eos.extend(["<|im_end|>", "<|endoftext|>"].iter().filter_map(|end| tokens.iter().position(|t| t == end)).map(|id| id as u64));
+    let sampling = |key: &str| m.number(&format!("general.sampling.{key}")).map_err(format);
+    let mut generation = json!({ "eos_token_id": eos });
+    for (field, key) in [("temperature", "temp"), ("top_p", "top_p"), ("min_p", "min_p")] {
+        if let Some(x) = sampling(key)? {
+            generation[field] = json!(x);
+        }
+    }
+    if let Some(k) = sampling("top_k")? {
+        generation["top_k"] = json!(k as i64);
+    }
+    let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), named.clone(), path)?;
+    let template = match m.text("tokenizer.chat_template").map_err(format)? {
+        Some(source) => ChatTemplate::new(source, named),
+        None => Err(TextError::NoTemplate(path.to_owned())),
+    };
+    Ok(Some(TextModel::new(tokenizer, template, GenerationDefaults::from_json(&generation, &Value::Null), path)))
+}
