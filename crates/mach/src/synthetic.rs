@@ -466,6 +466,8 @@ mod tests {
             let ids = text.tokenizer().encode("<|im_start|>größe 1\n<|im_end|>", false).unwrap();
             assert_eq!((ids[0], ids.len()), (257, 12));
             assert_eq!(text.tokenizer().decode(&ids), "größe 1\n");
+            // Random weights also choose ids that the tokenizer does not have.
+            assert_eq!(text.tokenizer().decode(&[65, 301, 319, 66]), "AB");
             assert!(text.has_template() && text.defaults().eos == [258, 256]);
         }
     }

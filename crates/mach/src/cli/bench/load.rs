@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use mach_backend::{Backend, Reference};
 use mach_models::RouteLog;
-use mach_session::TextModel;
 
 use super::model::ModelArgs;
 use super::report::Report;
@@ -15,6 +14,7 @@ use super::{ProbeArgs, Routing, RoutingArgs};
 use crate::cli::args::{EngineArgs, positive};
 use crate::cli::output::ProgressLine;
 use crate::load::prepare_at;
+use crate::text::open_text;
 use crate::{BackendKind, Error, Prepared, locate, system};
 
 #[derive(clap::Args)]
@@ -92,9 +92,7 @@ struct Start {
 fn start(args: &Args, model: Option<&str>) -> Result<Start, Error> {
     let began = Instant::now();
     let prepared = prepare_at(locate(model)?, &args.engine.options(), system::available_memory())?;
-    if prepared.path.dir.join("tokenizer.json").exists() {
-        TextModel::open(&prepared.path.dir)?;
-    }
+    open_text(&prepared.path.dir)?;
     prepared.estimate();
     match prepared.backend() {
         BackendKind::Cpu => first_token(&prepared, prepared.cpu()?, args.tokens, args.routing.routing, began),
