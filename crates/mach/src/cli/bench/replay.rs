@@ -84,6 +84,9 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
             all.push(predicted);
         }
     }
+    if !args.json && all.iter().any(|p| p["filled_before"] == false) {
+        output::line("* still filling when the first token was counted: a longer run hits more");
+    }
     if args.json {
         output::json_line(&all.into());
     }
@@ -149,11 +152,13 @@ impl Replay {
         let (used, missed) = decode.iter().fold((0, 0), |(u, m), &at| (u + sizes[at], m + misses[at]));
         let (all_used, all_missed) = (sizes.iter().sum::<usize>(), misses.iter().sum::<usize>());
         let tokens = self.runs.iter().map(Vec::len).sum::<usize>();
+        // Where the bank still fills while tokens are counted, a longer run hits more.
+        let filled = misses[..decode.first().copied().unwrap_or(0)].iter().sum::<usize>() >= slots;
         json!({
             "policy": policy.map(Policy::name), "slots": slots, "bank_bytes": slots as u64 * h.slot_bytes, "budget": h.other_bytes + slots as u64 * h.slot_bytes,
             "hit_rate": share(used, missed), "hits": all_used - all_missed, "misses": all_missed, "overall_hit_rate": share(all_used, all_missed),
             "disk_bytes_per_token": (missed as f64 * h.slot_bytes as f64 / tokens as f64).round(),
-            "tok_s": self.costs.as_ref().map(|c| self.speed(c, misses)), "tokens": tokens, "recorded_slots": h.slots, "model": h.model,
+            "filled_before": filled, "tok_s": self.costs.as_ref().map(|c| self.speed(c, misses)), "tokens": tokens, "recorded_slots": h.slots, "model": h.model,
         })
     }
 }
@@ -161,12 +166,13 @@ impl Replay {
 fn row(p: &Value) -> String {
     let number = |key: &str| p[key].as_f64().unwrap_or(0.0);
     format!(
-        "{:>8} {:>10} {:>8} {:>7.1} % {:>11} {:>9}",
+        "{:>8} {:>10} {:>8} {:>7.1} % {:>11} {:>9}{}",
         number("slots"),
         size(number("bank_bytes") as u64),
         p["policy"].as_str().unwrap_or("-"),
         100.0 * number("hit_rate"),
         size(number("disk_bytes_per_token") as u64),
         p["tok_s"].as_f64().map_or("-".to_owned(), |s| format!("{s:.2}")),
+        if p["filled_before"] == false { " *" } else { "" },
     )
 }
