@@ -257,7 +257,8 @@ pub fn write_pack(ck: &Checkpoint, out: &Path, plan: &PackPlan, progress: &mut d
     file.finish()?;
     for name in COMPANIONS {
         let from = ck.dir().join(name);
-        if from.is_file() {
+        // What lies beside a GGUF file may belong to another model.
+        if from.is_file() && ck.vocabulary_bytes().is_none() {
             let data = fs::read(&from).map_err(FormatError::io("read", &from))?;
             write_atomic(&staging.join(name), &data)?;
         }

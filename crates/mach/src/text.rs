@@ -31,7 +31,46 @@ pub(crate) fn text_of(path: &Path) -> Result<TextModel, Error> {
     open_text(path)?.ok_or_else(|| Error::Input { code: "no-tokenizer", message: format!("{} has no tokenizer", path.display()) })
 }
 
+/// What the text files of a checkpoint would hold.
+struct Parts {
+    tokenizer: Value,
+    /// `eos_token` and the like.
+    named: Map<String, Value>,
+    template: Option<String>,
+    generation: Value,
+}
+
 fn of_metadata(path: &Path, m: &Metadata) -> Result<Option<TextModel>, Error> {
+    let Some(parts) = parts(path, m)? else { return Ok(None) };
+    let tokenizer = Tokenizer::from_json(parts.tokenizer.to_string().as_bytes(), parts.named.clone(), path)?;
+    let template = match &parts.template {
+        Some(source) => ChatTemplate::new(source, parts.named),
+        None => Err(TextError::NoTemplate(path.to_owned())),
+    };
+    Ok(Some(TextModel::new(tokenizer, template, GenerationDefaults::from_json(&parts.generation, &Value::Null), path)))
+}
+
+/// Writes the text side of a GGUF file as the files of a checkpoint, for a pack built from it.
+///
+/// # Errors
+/// As [`open_text`], a folder that cannot be written.
+pub(crate) fn write_text_files(gguf: &Path, out: &Path) -> Result<(), Error> {
+    let file = Gguf::open(gguf).map_err(mach_models::ModelError::from)?;
+    let Some(parts) = parts(gguf, file.metadata())? else { return Ok(()) };
+    let mut files = vec![
+        ("tokenizer.json", parts.tokenizer.to_string()),
+        ("tokenizer_config.json", Value::Object(parts.named).to_string()),
+        ("generation_config.json", parts.generation.to_string()),
+    ];
+    files.extend(parts.template.map(|template| ("chat_template.jinja", template)));
+    for (name, text) in files {
+        let path = out.join(name);
+        std::fs::write(&path, text).map_err(Error::io(format!("write {}", path.display())))?;
+    }
+    Ok(())
+}
+
+fn parts(path: &Path, m: &Metadata) -> Result<Option<Parts>, Error> {
     let format = |e| Error::from(mach_models::ModelError::from(e));
     let model = m.text("tokenizer.ggml.model").map_err(format)?.unwrap_or("none");
     let Some(tokens) = m.texts("tokenizer.ggml.tokens").map_err(format)?.filter(|_| !matches!(model, "none" | "no_vocab")) else { return Ok(None) };
@@ -46,7 +85,7 @@ fn of_metadata(path: &Path, m: &Metadata) -> Result<Option<TextModel>, Error> {
         kinds,
         merges: m.texts("tokenizer.ggml.merges").map_err(format)?.unwrap_or_default(),
     };
-    let json = tokenizer_json(&vocab).map_err(|reason| TextError::Invalid { path: path.to_owned(), reason })?;
+    let tokenizer = tokenizer_json(&vocab).map_err(|reason| TextError::Invalid { path: path.to_owned(), reason })?;
     let mut named = Map::new();
     let mut eos = Vec::new();
     for (name, key) in [("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("eot_token", "eot")] {
@@ -70,10 +109,6 @@ fn of_metadata(path: &Path, m: &Metadata) -> Result<Option<TextModel>, Error> {
     if let Some(k) = sampling("top_k")? {
         generation["top_k"] = json!(k as i64);
     }
-    let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), named.clone(), path)?;
-    let template = match m.text("tokenizer.chat_template").map_err(format)? {
-        Some(source) => ChatTemplate::new(source, named),
-        None => Err(TextError::NoTemplate(path.to_owned())),
-    };
-    Ok(Some(TextModel::new(tokenizer, template, GenerationDefaults::from_json(&generation, &Value::Null), path)))
+    let template = m.text("tokenizer.chat_template").map_err(format)?.map(str::to_owned);
+    Ok(Some(Parts { tokenizer, named, template, generation }))
 }

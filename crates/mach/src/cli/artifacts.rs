@@ -9,6 +9,7 @@ use mach_models::{Resolved, open_checkpoint};
 use serde_json::json;
 
 use super::output::{self, size};
+use crate::text::write_text_files;
 use crate::{Error, locate};
 
 #[derive(clap::Args)]
@@ -91,6 +92,9 @@ fn build(args: &Build) -> Result<(), Error> {
     };
     bar.finish_and_clear();
     let report = built?;
+    if let (Some(out), true) = (&args.out, path.dir.is_file()) {
+        write_text_files(&path.dir, out)?;
+    }
     let experts: u64 = report.manifest.layers.iter().map(|l| l.bytes).sum();
     let seconds = began.elapsed().as_secs_f64();
     if args.json {

@@ -251,3 +251,117 @@ fn tokenizer(m: &mut Metadata, pre: &str, vocab: usize) {
     m.set("tokenizer.ggml.add_bos_token", MetaValue::Bool(false));
     m.set("tokenizer.chat_template", text(super::TEMPLATE));
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use mach_backend::{Backend, KvType, Reference};
+    use mach_cpu::{Cpu, CpuOptions};
+    use mach_format::gguf::Gguf;
+    use mach_format::{Checkpoint, write_pack, write_sidecar};
+    use mach_models::{Model, Resolved, Row, Want, open_checkpoint};
+    use serde_json::json;
+
+    use super::*;
+    use crate::LoadOptions;
+    use crate::load::prepare_at;
+    use crate::locate::locate;
+    use crate::text::open_text;
+
+    fn small(model_type: &str) -> Shape {
+        let mut config = json!({
+            "model_type": model_type, "hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "max_position_embeddings": 256,
+        });
+        if model_type == "qwen3_5_moe" {
+            let more = json!({"shared_expert_intermediate_size": 256, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64,
+                "linear_value_head_dim": 64, "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+                "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25}});
+            config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        } else {
+            config["norm_topk_prob"] = json!(true);
+        }
+        Shape::new(format!("small-{model_type}"), config)
+    }
+
+    fn logits<B: Backend>(backend: Arc<B>, path: &Path, streaming: bool) -> Vec<f32> {
+        let bank = streaming.then_some(crate::BankSize::Share(0.5));
+        let options = LoadOptions { streaming: Some(streaming), bank, kv: Some(KvType::F32), ..LoadOptions::default() };
+        let prepared = prepare_at(locate(path.to_str()).unwrap(), &options, 1 << 30).unwrap();
+        let mut model: Model<B> = prepared.load(backend, &mut |_, _, _| {}).unwrap();
+        let mut seq = model.sequence();
+        let rows = [5u32, 77, 301, 12, 99].into_iter().enumerate().map(|(pos, token)| Row { seq: 0, pos, token, want: Want::Logits }).collect();
+        let mut out = Vec::new();
+        model.forward(&mut [&mut seq], rows, None, &|| false, &mut |_, row| out.extend_from_slice(row)).unwrap();
+        out
+    }
+
+    /// The same file with every block replaced by the values it stands for.
+    fn widened(path: &Path, out: &Path) {
+        let gguf = Gguf::open(path).unwrap();
+        let metadata = gguf.metadata().clone();
+        let ck = Checkpoint::from_gguf(gguf, json!({}), &|_| None).unwrap();
+        let plan: Vec<_> = ck.tensors().map(|(name, t)| GgufTensor { name: name.to_owned(), format: WeightFormat::F32, shape: t.shape.clone() }).collect();
+        let mut writer = GgufWriter::create(out, &metadata, &plan).unwrap();
+        for t in &plan {
+            let values = ck.matrix(&t.name).unwrap().to_f32().unwrap();
+            writer.write(&t.name, &values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()).unwrap();
+        }
+        writer.finish().unwrap();
+    }
+
+    /// Largest difference over the root of the mean square.
+    fn error(a: &[f32], b: &[f32]) -> f32 {
+        let size = (b.iter().map(|x| x * x).sum::<f32>() / b.len() as f32).sqrt();
+        assert!((0.3..3.0).contains(&size), "{size}");
+        a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / size
+    }
+
+    /// Protects synthetic files and the way of blocks to the kernels: sane logits that are those of the values that the
+    /// blocks stand for, the same bytes resident, streamed from the file, from a sidecar and from a pack; a text side.
+    #[test]
+    fn files_run_from_everywhere_alike() {
+        let cache = tempfile::tempdir().unwrap();
+        for model_type in ["qwen3_5_moe", "qwen3_moe"] {
+            let path = gguf(&small(model_type), cache.path(), &mut |_, _| {}).unwrap();
+            let plain = cache.path().join("plain.gguf");
+            widened(&path, &plain);
+            let want = logits(Arc::new(Reference), &plain, false);
+            let off = error(&logits(Arc::new(Reference), &path, false), &want);
+            assert!(off < 5e-4, "{model_type}: plain backend off by {off}");
+
+            let cpu = || Arc::new(Cpu::new(CpuOptions::default()).unwrap());
+            let resident = logits(cpu(), &path, false);
+            let off = error(&resident, &want);
+            assert!(off < 2e-2, "{model_type}: off by {off}");
+            assert_eq!(logits(cpu(), &path, true), resident, "{model_type}: streamed");
+
+            let files = Resolved::open(Arc::new(open_checkpoint(&path).unwrap())).unwrap();
+            let (ck, plan) = (files.checkpoint(), files.pack_plan(None).unwrap());
+            let pack = cache.path().join(format!("pack-{model_type}"));
+            write_pack(ck, &pack, &plan, &mut |_| {}).unwrap();
+            assert_eq!(logits(cpu(), &pack, true), resident, "{model_type}: pack");
+            write_sidecar(ck, &ck.sidecar_dir(), &plan, &mut |_| {}).unwrap();
+            assert_eq!(logits(cpu(), &path, true), resident, "{model_type}: sidecar");
+
+            let text = open_text(&path).unwrap().unwrap();
+            let ids = text.tokenizer().encode("<|im_start|>größe 1aa\n<|im_end|>", false).unwrap();
+            assert_eq!((ids[0], ids.len(), text.tokenizer().decode(&ids).as_str()), (257, 13, "größe 1aa\n"));
+            assert!(text.has_template() && text.defaults().eos == [258, 256]);
+        }
+    }
+
+    /// Protects the time and disk of those who measure twice, and names what has no place in blocks.
+    #[test]
+    fn files_are_kept() {
+        let cache = tempfile::tempdir().unwrap();
+        let shape = small("qwen3_moe");
+        gguf(&shape, cache.path(), &mut |_, _| {}).unwrap();
+        gguf(&shape, cache.path(), &mut |_, _| panic!("written again")).unwrap();
+        let mut odd = small("qwen3_moe");
+        odd.name = "odd".to_owned();
+        odd.config["hidden_size"] = json!(192);
+        assert!(gguf(&odd, cache.path(), &mut |_, _| {}).unwrap_err().to_string().contains("blocks of 256"));
+    }
+}
