@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use mach_backend::Part;
 use mach_experts::{Key, RecordSource};
+use mach_format::AlignedBytes;
 
 /// Streams that one thread reads at a time: one alone waits for the prefetcher of the processor.
 const STREAMS: usize = 4;
@@ -19,7 +20,10 @@ pub(crate) fn memory_rate(threads: usize, bytes_each: usize) -> f64 {
     let threads = threads.max(1);
     let arrived = AtomicUsize::new(0);
     let windows = |arrived: &AtomicUsize| -> Vec<(Instant, Instant)> {
-        let data = vec![1u64; bytes_each / 8];
+        // In huge pages where there are any, as weights are.
+        let mut data = AlignedBytes::zeroed(bytes_each);
+        data.fill(1);
+        let data = lines(&data);
         let window = (data.len() / WINDOWS).max(1);
         let mut times = Vec::with_capacity(PASSES * WINDOWS);
         for part in (0..PASSES).flat_map(|_| data.chunks_exact(window).take(WINDOWS)) {
@@ -53,16 +57,46 @@ fn meet(arrived: &AtomicUsize, all: usize) {
     }
 }
 
+/// Bytes per second that `threads` read together, each from its own `bytes_each` that stay in its cache: the sum of each
+/// thread's best.
+pub(crate) fn cache_rate(threads: usize, bytes_each: usize) -> f64 {
+    const ROUNDS: usize = 100;
+    const REPEATS: usize = 20;
+    let best = || {
+        let mut data = AlignedBytes::zeroed(bytes_each);
+        data.fill(1);
+        let times = (0..ROUNDS).map(|_| {
+            let began = Instant::now();
+            for _ in 0..REPEATS {
+                black_box(sum(black_box(lines(&data))));
+            }
+            began.elapsed().as_secs_f64()
+        });
+        (REPEATS * bytes_each) as f64 / times.fold(f64::INFINITY, f64::min).max(1e-9)
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(best)).collect();
+        workers.into_iter().filter_map(|w| w.join().ok()).sum()
+    })
+}
+
+/// A cache line as words.
+type Line = [[u8; 8]; 8];
+
+fn lines(bytes: &[u8]) -> &[Line] {
+    bytes.as_chunks().0.as_chunks().0
+}
+
 /// The sum of words, over several streams with several sums each, so that neither the latency of an addition nor that of
 /// a memory access is waited for.
-fn sum(data: &[u64]) -> u64 {
+fn sum(data: &[Line]) -> u64 {
     let part = data.len() / STREAMS;
-    let streams: [&[[u64; 8]]; STREAMS] = std::array::from_fn(|s| data[s * part..(s + 1) * part].as_chunks().0);
+    let streams: [&[Line]; STREAMS] = std::array::from_fn(|s| &data[s * part..(s + 1) * part]);
     let mut sums = [[0u64; 8]; STREAMS];
-    for line in 0..part / 8 {
+    for line in 0..part {
         for (sums, stream) in sums.iter_mut().zip(&streams) {
             for (sum, word) in sums.iter_mut().zip(&stream[line]) {
-                *sum = sum.wrapping_add(*word);
+                *sum = sum.wrapping_add(u64::from_le_bytes(*word));
             }
         }
     }
@@ -133,7 +167,8 @@ mod tests {
     /// Protects the ceilings from reads that are left out: every word counts once.
     #[test]
     fn every_word_is_read() {
-        assert_eq!(sum(&vec![3; 1 << 12]), 3 << 12);
+        assert_eq!(sum(&vec![[3u64.to_le_bytes(); 8]; 1 << 9]), 3 << 12);
+        assert!(cache_rate(1, 1 << 12).is_finite());
         assert!(memory_rate(2, 1 << 20).is_finite());
     }
 

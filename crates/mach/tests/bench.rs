@@ -133,3 +133,18 @@ fn bad_traces_are_named() {
     std::fs::write(&file, &whole).unwrap();
     mach(&["bench", "replay", "--trace", arg(&file), "--slots", "3"]).failed_with("bank-below-floor");
 }
+
+/// Protects the table of kernels: every set of this processor, both precisions, and the bytes of the scalar twin.
+#[test]
+fn kernels_equal_their_twin() {
+    let report = mach(&["bench", "kernels", "--format", "q6_k", "--time", "1", "--threads", "1", "--json"]).json();
+    let rows = report["kernels"].as_array().unwrap();
+    // 1, 4, 16 and 64 rows from L2 and from memory, with 8 and with 16 bits.
+    let sets = report["available"].as_array().unwrap().len() - 1;
+    assert_eq!(rows.len(), sets * 16);
+    for row in rows {
+        assert_eq!(row["equals_scalar"], true, "{row}");
+        assert!(row["gb_s"].as_f64().unwrap() > 0.0 && row["gmac_s"].as_f64().unwrap() > 0.0, "{row}");
+    }
+    assert!(mach(&["bench", "kernels", "--kernels", "sse9"]).stderr.contains("no kernel set sse9"));
+}

@@ -353,7 +353,7 @@ impl Unpacked {
 #[inline(always)]
 unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Blocks, tile: *const u8, j: usize) -> (*const u8, *const u8, usize) {
     let block = format.block(tile, j * BLK);
-    let within = j * BLK & (format.columns - 1);
+    let within = (j * BLK) & (format.columns - 1);
     (block.add(within * LANES * BITS as usize / 8), block, within)
 }
 

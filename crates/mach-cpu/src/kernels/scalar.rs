@@ -191,7 +191,7 @@ impl Simd for Scalar {
 #[inline(always)]
 unsafe fn codes<const BITS: u8>(w: *const u8, four: usize) -> [u8; 64] {
     let line = |line: usize| w.add(line * 64).cast::<[u8; 64]>().read();
-    let nibbles = |bytes: [u8; 64]| bytes.map(|b| if four % 2 == 0 { b & 15 } else { b >> 4 });
+    let nibbles = |bytes: [u8; 64]| bytes.map(|b| if four.is_multiple_of(2) { b & 15 } else { b >> 4 });
     match BITS {
         8 => line(four),
         6 => {

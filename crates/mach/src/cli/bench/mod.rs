@@ -1,6 +1,7 @@
 //! `mach bench`: speed, beside what the machine's ceilings measured in the same run would allow.
 
 mod io;
+mod kernels;
 mod load;
 mod model;
 mod replay;
@@ -37,6 +38,8 @@ enum Command {
     Load(load::Args),
     /// The drive: random reads of the expert files by size, reads under way, and mode
     Io(io::Args),
+    /// Products of every kernel set and weight format, against bare loops
+    Kernels(kernels::Args),
     /// What a recorded run would have been with other banks and policies
     Replay(replay::Args),
 }
@@ -131,6 +134,7 @@ impl Args {
             Command::Stream(a) => a.json,
             Command::Load(a) => a.json,
             Command::Io(a) => a.json,
+            Command::Kernels(a) => a.json,
             Command::Replay(a) => a.json,
         }
     }
@@ -143,6 +147,7 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
         Command::Stream(args) => stream::run(args),
         Command::Load(args) => load::run(args),
         Command::Io(args) => io::run(args),
+        Command::Kernels(args) => kernels::run(args),
         Command::Replay(args) => replay::run(args),
     }
 }
