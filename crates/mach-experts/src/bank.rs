@@ -24,6 +24,9 @@ pub(crate) enum State {
 
 #[derive(Clone, Copy, Debug)]
 struct Slot {
+    /// The slot of memory that it stands for. Lent memory may be exchanged, the books do not notice: who has to go never
+    /// depends on what was read ahead.
+    memory: usize,
     state: State,
     key: Key,
     pins: u32,
@@ -36,6 +39,10 @@ const NO_KEY: Key = Key { layer: usize::MAX, expert: usize::MAX };
 /// Slots and the table from expert to slot.
 pub(crate) struct Bank {
     slots: Vec<Slot>,
+    /// Which entry of `slots` stands for a slot of memory.
+    book: Vec<usize>,
+    /// Entries whose memory is lent.
+    lent: Vec<usize>,
     free: Vec<usize>,
     table: Vec<u32>,
     experts: usize,
@@ -53,7 +60,9 @@ impl Bank {
     /// A bank over slots `0..slots` for `layers × experts` experts.
     pub fn new(slots: usize, layers: usize, experts: usize, top_k: usize) -> Self {
         Self {
-            slots: vec![Slot { state: State::Free, key: NO_KEY, pins: 0, score: 0.0 }; slots],
+            slots: (0..slots).map(|memory| Slot { memory, state: State::Free, key: NO_KEY, pins: 0, score: 0.0 }).collect(),
+            book: (0..slots).collect(),
+            lent: Vec::new(),
             free: (0..slots).rev().collect(),
             table: vec![ABSENT; layers * experts],
             experts,
@@ -71,27 +80,32 @@ impl Bank {
     }
 
     pub fn set_state(&mut self, slot: usize, state: State) {
-        self.slots[slot].state = state;
+        self.at(slot).state = state;
+    }
+
+    fn at(&mut self, memory: usize) -> &mut Slot {
+        &mut self.slots[self.book[memory]]
     }
 
     pub fn lookup(&self, key: Key) -> Option<usize> {
         let at = self.table[key.layer * self.experts + key.expert];
-        (at != ABSENT).then_some(at as usize)
+        (at != ABSENT).then(|| self.slots[at as usize].memory)
     }
 
     pub fn pin(&mut self, slot: usize) {
-        self.slots[slot].pins += 1;
+        self.at(slot).pins += 1;
     }
 
     pub fn unpin(&mut self, slot: usize) {
-        debug_assert!(self.slots[slot].pins > 0, "slot {slot} is not pinned");
-        self.slots[slot].pins -= 1;
+        let s = self.at(slot);
+        debug_assert!(s.pins > 0, "slot {slot} is not pinned");
+        s.pins -= 1;
     }
 
     /// Counts a use at the current step.
     pub fn touch(&mut self, slot: usize) {
         let now = self.step as f32 / HALF_LIFE;
-        let s = &mut self.slots[slot];
+        let s = self.at(slot);
         s.score = ((s.score - now).exp2() + 1.0).log2() + now;
     }
 
@@ -111,12 +125,15 @@ impl Bank {
                 slot
             }
         };
-        self.enter(slot, key);
-        Some(slot)
+        self.slots[slot] = Slot { memory: self.slots[slot].memory, state: State::Loading, key, pins: 1, score: self.step as f32 / HALF_LIFE };
+        self.table[key.layer * self.experts + key.expert] = slot as u32;
+        self.per_layer[key.layer] += 1;
+        Some(self.slots[slot].memory)
     }
 
     /// Forgets what a slot holds (a failed read) and makes it free.
     pub fn discard(&mut self, slot: usize) {
+        let slot = self.book[slot];
         self.evict(slot);
         self.slots[slot].pins = 0;
         self.slots[slot].state = State::Free;
@@ -125,35 +142,30 @@ impl Bank {
 
     /// Takes a slot out of service; `None` when all are pinned.
     pub fn retire(&mut self) -> Option<usize> {
-        self.take_out(State::Retired)
+        self.take_out(State::Retired).map(|slot| self.slots[slot].memory)
     }
 
-    /// Takes a slot out of the books until [`Bank::give_back`] or [`Bank::adopt`]; `None` when all are pinned.
+    /// Takes memory out of the books until [`Bank::give_back`]; `None` when all is pinned.
     pub fn lend(&mut self) -> Option<usize> {
-        self.take_out(State::Lent)
+        let slot = self.take_out(State::Lent)?;
+        self.lent.push(slot);
+        Some(self.slots[slot].memory)
     }
 
-    /// A lent slot is free again.
-    pub fn give_back(&mut self, slot: usize) {
+    /// Lent memory is free again.
+    pub fn give_back(&mut self, memory: usize) {
+        let Some(slot) = self.lent.pop() else { return };
+        self.slots[slot].memory = memory;
+        self.book[memory] = slot;
         self.slots[slot].state = State::Free;
         self.free.push(slot);
     }
 
-    /// Enters `key` in the lent slot that its record goes to, `Loading` and pinned once as after [`Bank::admit`], and lends
-    /// another slot for it, which is returned. `None`, and nothing changes, when every slot is pinned.
-    pub fn adopt(&mut self, slot: usize, key: Key) -> Option<usize> {
-        let other = match self.free.pop() {
-            Some(other) => other,
-            None => {
-                let other = self.victim(Some(key.layer))?;
-                self.evict(other);
-                self.evictions += 1;
-                other
-            }
-        };
-        self.slots[other].state = State::Lent;
-        self.enter(slot, key);
-        Some(other)
+    /// Exchanges memory of the books for lent memory, which then holds the record.
+    pub fn exchange(&mut self, memory: usize, lent: usize) {
+        let slot = self.book[memory];
+        self.slots[slot].memory = lent;
+        self.book[lent] = slot;
     }
 
     fn take_out(&mut self, state: State) -> Option<usize> {
@@ -167,12 +179,6 @@ impl Bank {
         };
         self.slots[slot].state = state;
         Some(slot)
-    }
-
-    fn enter(&mut self, slot: usize, key: Key) {
-        self.slots[slot] = Slot { state: State::Loading, key, pins: 1, score: self.step as f32 / HALF_LIFE };
-        self.table[key.layer * self.experts + key.expert] = slot as u32;
-        self.per_layer[key.layer] += 1;
     }
 
     /// Slots in service.
@@ -304,21 +310,20 @@ mod tests {
         assert_eq!((bank.in_service(), bank.per_layer[0]), (2, 2));
     }
 
-    /// Protects the books of lent slots: an adopted record is found, another slot is lent for it, and one that comes back
-    /// is free.
+    /// Protects the books of lent memory: an exchanged record is found where it is, and memory that comes back is free.
     #[test]
-    fn lent_slots_are_out_of_the_books_until_adopted_or_given_back() {
+    fn lent_memory_is_out_of_the_books_until_it_comes_back() {
         let mut bank = Bank::new(3, 1, 8, 0);
         bank.layer_floor = 0;
         let lent = bank.lend().unwrap();
         let old = [ready(&mut bank, key(0, 0)), ready(&mut bank, key(0, 1))];
-        let other = bank.adopt(lent, key(0, 5)).unwrap();
+        let other = bank.admit(key(0, 5)).unwrap();
+        bank.exchange(other, lent);
         assert!(old.contains(&other) && bank.lookup(key(0, 5)) == Some(lent));
-        assert_eq!((bank.in_service(), bank.per_layer[0], bank.evictions), (3, 2, 1));
+        assert_eq!((bank.in_service(), bank.keeping(), bank.per_layer[0], bank.evictions), (3, 2, 2, 1));
+        bank.set_state(lent, State::Ready);
+        bank.unpin(lent);
         bank.give_back(other);
         assert_eq!(bank.admit(key(0, 6)), Some(other));
-        // Everything but one is pinned: that one is lent in exchange, then nothing is left.
-        let lent = bank.lend().unwrap();
-        assert_eq!(bank.adopt(lent, key(0, 7)), None);
     }
 }

@@ -85,24 +85,9 @@ impl<'a, M: ExpertMemory> Lease<'a, M> {
             }
             entries.push(entry);
         }
-        let (mut in_flight, mut misses) = (0, 0);
-        for entry in entries.iter_mut().filter(|e| e.stage == Stage::Waiting) {
-            misses += 1;
-            let key = Key { layer, expert: entry.expert };
-            let Some(Early { slot, arrived, .. }) = store.claim(key) else { continue };
-            in_flight += usize::from(!arrived);
-            *entry = Entry { expert: key.expert, slot, scratch: true, stage: Stage::Held { arrived: [arrived; 2], given: [false; 2] } };
-            // What decode uses belongs in the bank.
-            let other = if ordered { None } else { store.bank.adopt(slot, key) };
-            if let Some(other) = other {
-                store.scratch.push(other);
-                entry.scratch = false;
-                if arrived {
-                    store.bank.set_state(slot, State::Ready);
-                }
-            }
-        }
-        store.forget_early();
+        store.receive();
+        store.forget_early(|key| key.layer == layer && experts.binary_search(&(key.expert as u32)).is_ok());
+        let misses = entries.iter().filter(|e| e.stage == Stage::Waiting).count() as u64;
         store.stats.misses += misses;
         if store.residency == Residency::Streaming {
             store.stats.hits += entries.len() as u64 - misses;
@@ -110,7 +95,7 @@ impl<'a, M: ExpertMemory> Lease<'a, M> {
         if let Some(recorder) = &store.recorder {
             recorder.lease(layer, experts, ordered, misses as usize, store.stats.stall);
         }
-        let mut lease = Self { store, layer, entries, manner, in_flight, next_ahead: 0, batch: Vec::new() };
+        let mut lease = Self { store, layer, entries, manner, in_flight: 0, next_ahead: 0, batch: Vec::new() };
         lease.issue();
         lease
     }
@@ -124,10 +109,10 @@ impl<'a, M: ExpertMemory> Lease<'a, M> {
         self.store.wants_guess()
     }
 
-    /// Begins to read `experts` of layer `layer`, a guess of what its lease will ask for, the most likely first, as far as
-    /// scratch slots last and once nothing more urgent is to be read. Results do not depend on it.
-    pub fn guess(&mut self, layer: usize, experts: &[u32]) {
-        self.store.guess(layer, experts);
+    /// Begins to read `experts` `[rows, top_k]` of layer `layer`, a guess of what its lease will ask for, the most likely of
+    /// a row first, as far as scratch slots last and once nothing more urgent is to be read. Results do not depend on it.
+    pub fn guess(&mut self, layer: usize, experts: &[u32], top_k: usize) {
+        self.store.guess(layer, experts, top_k);
     }
 
     /// The next experts to compute; what the previous call handed out is released. `None` when all were. Empty
@@ -153,6 +138,8 @@ impl<'a, M: ExpertMemory> Lease<'a, M> {
             if self.in_flight == 0 {
                 match self.entries.iter().any(|e| e.stage == Stage::Waiting) {
                     false => return Ok(None),
+                    // Later experts were read ahead into the slots that this one needs.
+                    true if self.ordered() && self.store.free_early() => continue,
                     // A slot comes back when a read ahead ends.
                     true if self.store.ahead.in_flight() => {}
                     // Nothing is held and still no slot can be had.
@@ -177,7 +164,11 @@ impl<'a, M: ExpertMemory> Lease<'a, M> {
                 continue;
             }
             let key = Key { layer: self.layer, expert: self.entries[i].expert };
-            let (slot, scratch) = if !ordered || self.store.bank.has_free() {
+            // What decode uses belongs in the bank, wherever it was read to.
+            let early = if ordered { self.store.claim(key) } else { None };
+            let (slot, scratch) = if let Some(early) = &early {
+                (Some(early.slot), true)
+            } else if !ordered || self.store.bank.has_free() {
                 (self.store.bank.admit(key), false)
             } else if let Some(slot) = self.store.transient_slot(sweep) {
                 (Some(slot), true)
@@ -186,10 +177,24 @@ impl<'a, M: ExpertMemory> Lease<'a, M> {
             } else {
                 (None, false)
             };
-            let Some(slot) = slot else {
+            let Some(mut slot) = slot else {
                 short = true;
                 break;
             };
+            let early = if ordered { early } else { self.store.claim(key) };
+            if let Some(Early { slot: read_to, arrived, .. }) = early {
+                if !ordered {
+                    self.store.bank.exchange(slot, read_to);
+                    self.store.scratch.push(slot);
+                    slot = read_to;
+                }
+                self.in_flight += usize::from(!arrived);
+                self.entries[i] = Entry { expert: key.expert, slot, scratch, stage: Stage::Held { arrived: [arrived; 2], given: [false; 2] } };
+                if arrived && !scratch {
+                    self.store.bank.set_state(slot, State::Ready);
+                }
+                continue;
+            }
             self.entries[i] = Entry { expert: key.expert, slot, scratch, stage: Stage::Held { arrived: [false; 2], given: [false; 2] } };
             if !ordered && Some(i) == last {
                 jobs.extend([Part::GateUp, Part::Down].map(|part| ReadJob { key, slot, part }));

@@ -111,7 +111,7 @@ impl<M: ExpertMemory> ExpertStore<M> {
             scratch: (0..scratch).filter_map(|_| bank.lend()).collect(),
             bank,
             borrowed: 0,
-            ahead: Ahead::default(),
+            ahead: Ahead::new(options.top_k),
             readers: Some(readers),
             memory,
             source,

@@ -209,6 +209,16 @@ fn a_sweep_reads_the_next_layer_ahead_and_nothing_twice() {
             assert_eq!((seen, store.slots()), (all.clone(), slots));
         }
     }
+    // A bank full of hits of the layer, and scratch full of later experts: the first one still gets a slot.
+    for slots in [4, 8, 16] {
+        let (_, mut store) = store(slots);
+        let memory = store.memory().clone();
+        for _ in 0..3 {
+            checked(store.step(1, &all[EXPERTS - slots..]), &memory, 1, &all[EXPERTS - slots..]).unwrap();
+            checked(store.sweep(0, &all), &memory, 0, &all).unwrap();
+            assert_eq!(checked(store.sweep(1, &all), &memory, 1, &all).unwrap(), all);
+        }
+    }
     let (source, mut store) = store(16);
     let memory = store.memory().clone();
     checked(store.sweep(0, &all), &memory, 0, &all).unwrap();
@@ -247,7 +257,7 @@ fn guesses_move_reads_and_nothing_else() {
     let memory = store.memory().clone();
     let guess = |store: &mut ExpertStore<Memory>, experts: &[u32]| {
         let mut lease = store.step(0, &[1, 2]);
-        lease.guess(1, experts);
+        lease.guess(1, experts, 2);
         checked(lease, &memory, 0, &[1, 2]).unwrap();
     };
     guess(&mut store, &[9, 5]);
@@ -259,7 +269,8 @@ fn guesses_move_reads_and_nothing_else() {
 
     source.fail.store(true, Ordering::Relaxed);
     guess(&mut store, &[7]);
-    std::thread::sleep(Duration::from_millis(20));
+    // Told only if the read has not ended yet and is then the step's own.
+    let _ = checked(store.step(1, &[7]), &memory, 1, &[7]);
     source.fail.store(false, Ordering::Relaxed);
     checked(store.step(1, &[7]), &memory, 1, &[7]).unwrap();
 

@@ -36,6 +36,19 @@ pub fn forget_pages(file: &File, offset: u64, len: Option<u64>) {
     let _ = (file, offset, len);
 }
 
+/// Lets the system begin to read a part of a file into its page cache. Only a hint; does nothing where there is no such
+/// call.
+pub(crate) fn expect_pages(file: &File, offset: u64, len: u64) {
+    // Linux reads no more than its read-ahead at a call.
+    #[cfg(target_os = "linux")]
+    for at in (0..len).step_by(128 << 10) {
+        let piece = std::num::NonZeroU64::new((len - at).min(128 << 10));
+        let _ = rustix::fs::fadvise(file, offset + at, piece, rustix::fs::Advice::WillNeed);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, offset, len);
+}
+
 /// A file written under a temporary name and renamed when it is complete; removed when dropped before.
 pub(crate) struct AtomicFile {
     file: File,

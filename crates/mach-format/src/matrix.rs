@@ -1,5 +1,6 @@
 //! A weight on disk: where its rows lie and how they are stored. Nothing is read until it is asked for.
 
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, ElementType, Files, PlainType, TensorInfo};
-use crate::disk::forget_pages;
+use crate::disk::{expect_pages, forget_pages};
 use crate::error::FormatError;
 use crate::format::{BlockFormat, ScaleType, WeightFormat};
 use crate::packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
@@ -305,9 +306,19 @@ impl Matrix {
 
     /// Lets the system drop its cached pages of this matrix, for readers that stream experts from a checkpoint.
     pub fn forget(&self) {
+        self.each_part(|file, offset, bytes| forget_pages(file, offset, Some(bytes)));
+    }
+
+    /// Lets the system begin to read this matrix, for a loader that comes to it soon.
+    pub fn expect(&self) {
+        self.each_part(expect_pages);
+    }
+
+    /// Calls `f` with the file, offset and length of data, scales and biases.
+    fn each_part(&self, f: fn(&File, u64, u64)) {
         for plane in std::iter::once(&self.data).chain(self.params.iter().flatten()) {
             let bytes = (self.rows() * self.leading.unwrap_or(1) * plane.row_bytes) as u64;
-            forget_pages(&self.files.open[plane.file].1, plane.offset, Some(bytes));
+            f(&self.files.open[plane.file].1, plane.offset, bytes);
         }
     }
 

@@ -1,21 +1,22 @@
 //! A loaded model: weights, KV pool, expert store, and the forward pass over rows of tokens.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
 
 use mach_backend::{Backend, GdnSegment, KV_BLOCK, Segment};
 use mach_experts::trace::Recorder;
-use mach_experts::{ExpertError, ExpertStats, ExpertStore, RecordSource, Residency, StoreOptions};
+use mach_experts::{AheadStats, ExpertError, ExpertStats, ExpertStore, RecordSource, Residency, StoreOptions};
 use mach_format::Matrix;
 
 use crate::ModelError;
 use crate::layers::attention::Attention;
 use crate::layers::gdn::Gdn;
-use crate::layers::moe::{ForcedRoutes, Moe, RouteLog};
+use crate::layers::moe::{ForcedRoutes, Moe, Next, RouteLog};
 use crate::layers::{FeedForward, vector};
 use crate::plan::{MemoryPlan, kv_specs};
 use crate::sequence::Sequence;
 use crate::spec::{FfnSpec, MixerSpec, ModelSpec};
-use crate::tensors::{FfnTensors, MixerTensors, Resolved};
+use crate::tensors::{FfnTensors, LayerTensors, MixerTensors, Resolved};
 use crate::workspace::{HEAD_ROWS, Workspace};
 
 enum Mixer<B: Backend> {
@@ -42,7 +43,27 @@ pub struct ModelOptions<'a> {
     /// Reader threads.
     pub readers: usize,
     /// Gets (what, done, all) while loading.
-    pub progress: &'a mut dyn FnMut(&'static str, usize, usize),
+    pub progress: Progress<'a>,
+}
+
+type Progress<'a> = &'a mut dyn FnMut(&'static str, usize, usize);
+
+/// Layers that are read before they are packed.
+const LAYERS_AHEAD: usize = 4;
+
+impl LayerTensors {
+    /// Weights in the order in which they are packed.
+    fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let mixer: Vec<&Matrix> = match &self.mixer {
+            MixerTensors::Attention(t) => vec![&t.q, &t.k, &t.v, &t.o],
+            MixerTensors::Gdn(t) => vec![&t.qkv, &t.z, &t.b, &t.a, &t.o],
+        };
+        let (router, dense) = match &self.ffn {
+            FfnTensors::Moe(t) => (Some(&t.router), t.shared.as_ref()),
+            FfnTensors::Dense(t) => (None, Some(&**t)),
+        };
+        mixer.into_iter().chain(dense.into_iter().flat_map(|t| [&t.gate, &t.up, &t.down])).chain(router)
+    }
 }
 
 /// What is wanted back of a row.
@@ -132,7 +153,42 @@ impl<B: Backend> Model<B> {
             }
             _ => None,
         };
-        let mut layers = Vec::with_capacity(files.layers.len());
+        let (layers, head) = std::thread::scope(|scope| {
+            // A thread of its own keeps the drive busy while what it has read is packed, a few layers ahead of it.
+            let (ahead, packed) = sync_channel(LAYERS_AHEAD);
+            scope.spawn(move || {
+                for tensors in &files.layers {
+                    tensors.matrices().for_each(Matrix::expect);
+                    if ahead.send(()).is_err() {
+                        return;
+                    }
+                }
+                files.head.expect();
+            });
+            let layers = Self::load_layers(b, files, &packed, options.progress)?;
+            Ok::<_, ModelError>((layers, b.weight(files.head.pack()?)))
+        })?;
+        let dims = spec.rotary_dims;
+        let inv_freq = (0..dims / 2).map(|j| (1.0 / spec.rope.theta.powf((2 * j) as f64 / dims as f64)) as f32).collect();
+        Ok(Self {
+            layers,
+            final_norm: vector(b, &files.norm(&files.final_norm, files.norm_form)?),
+            head,
+            embed: files.embed.clone(),
+            inv_freq,
+            kv: kv_specs(spec, plan.kv_type).into_iter().map(|k| b.kv(k)).collect(),
+            free_blocks: Vec::new(),
+            made_blocks: 0,
+            store,
+            ws: Workspace::new(b, spec, plan.chunks),
+            spec: spec.clone(),
+            plan,
+            backend,
+        })
+    }
+
+    fn load_layers(b: &B, files: &Resolved, packed: &Receiver<()>, progress: Progress<'_>) -> Result<Vec<Layer<B>>, ModelError> {
+        let (spec, mut layers) = (&files.spec, Vec::with_capacity(files.layers.len()));
         let (mut kv_index, mut moe_index) = (0, 0);
         for (i, (tensors, layer)) in files.layers.iter().zip(&spec.layers).enumerate() {
             let mixer = match (&tensors.mixer, &layer.mixer) {
@@ -157,25 +213,11 @@ impl<B: Backend> Model<B> {
                 mixer,
                 ffn,
             });
-            (options.progress)("layers", i + 1, spec.layers.len());
+            progress("layers", i + 1, spec.layers.len());
+            // Ended only when it has no layer left to read.
+            let _ = packed.recv();
         }
-        let dims = spec.rotary_dims;
-        let inv_freq = (0..dims / 2).map(|j| (1.0 / spec.rope.theta.powf((2 * j) as f64 / dims as f64)) as f32).collect();
-        Ok(Self {
-            layers,
-            final_norm: vector(b, &files.norm(&files.final_norm, files.norm_form)?),
-            head: b.weight(files.head.pack()?),
-            embed: files.embed.clone(),
-            inv_freq,
-            kv: kv_specs(spec, plan.kv_type).into_iter().map(|k| b.kv(k)).collect(),
-            free_blocks: Vec::new(),
-            made_blocks: 0,
-            store,
-            ws: Workspace::new(b, spec, plan.chunks),
-            spec: spec.clone(),
-            plan,
-            backend,
-        })
+        Ok(layers)
     }
 
     /// Shapes.
@@ -196,6 +238,11 @@ impl<B: Backend> Model<B> {
     /// Counters of the expert store.
     pub fn expert_stats(&self) -> ExpertStats {
         self.store.as_ref().map(ExpertStore::stats).unwrap_or_default()
+    }
+
+    /// Counters of experts that were read before they were asked for.
+    pub fn ahead_stats(&self) -> AheadStats {
+        self.store.as_ref().map(ExpertStore::ahead_stats).unwrap_or_default()
     }
 
     /// Slots of the bank now.
@@ -375,7 +422,13 @@ impl<B: Backend> Model<B> {
         b.reshape(&mut ws.out, total, self.spec.hidden);
         b.rms_norm(&f.x, 0, total, &layer.post_norm, eps, &mut ws.h);
         match (&layer.ffn, &mut self.store) {
-            (Ffn::Moe(m), Some(store)) => m.forward(b, ws, total, store, log, cancelled)?,
+            (Ffn::Moe(m), Some(store)) => {
+                let next = match self.layers.get(f.layer + 1) {
+                    Some(Layer { ffn: Ffn::Moe(moe), post_norm: norm, .. }) => Some(Next { moe, norm, x: &f.x, eps }),
+                    _ => None,
+                };
+                m.forward(b, ws, total, store, next, log, cancelled)?;
+            }
             (Ffn::Moe(_), None) => return Err(ModelError::NoExperts { path: "the model".to_owned(), reason: "it was loaded without experts".to_owned() }),
             (Ffn::Dense(d), _) => {
                 b.zero(&mut ws.out, total);

@@ -50,6 +50,9 @@ pub(crate) struct Workspace<B: Backend> {
     pub routes: B::Routes,
     pub ids: Vec<u32>,
     pub weights: Vec<f32>,
+    /// What the next layer may choose.
+    pub guess: Vec<u32>,
+    pub guess_weights: Vec<f32>,
     /// Final norm and logits of up to [`HEAD_ROWS`] rows.
     pub head_in: B::Tensor,
     pub logits: B::Tensor,
@@ -117,6 +120,8 @@ impl<B: Backend> Workspace<B> {
             routes: backend.routes(),
             ids: Vec::new(),
             weights: Vec::new(),
+            guess: Vec::new(),
+            guess_weights: Vec::new(),
             head_in: t(HEAD_ROWS, spec.hidden),
             logits: t(HEAD_ROWS, spec.vocab),
         }

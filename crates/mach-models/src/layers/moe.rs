@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mach_backend::{Backend, ExpertJob, ExpertLayout, Part};
-use mach_experts::ExpertStore;
+use mach_experts::{ExpertStore, SWEEP_ROWS};
 
 use super::{FeedForward, weight_f32};
 use crate::ModelError;
@@ -39,12 +39,14 @@ impl<B: Backend> Moe<B> {
     }
 
     /// `ws.h` rows → `ws.out` rows.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn forward(
         &self,
         backend: &B,
         ws: &mut Workspace<B>,
         rows: usize,
         store: &mut ExpertStore<B::Memory>,
+        next: Option<Next<'_, B>>,
         log: Option<&mut RouteLog>,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<(), ModelError> {
@@ -67,7 +69,7 @@ impl<B: Backend> Moe<B> {
             cancelled,
         };
         if rows <= DECODE_ROWS {
-            self.decode(&step, ws, store)?
+            self.decode(&step, ws, store, next)?
         } else {
             self.prefill(&step, ws, store)?
         }
@@ -78,12 +80,16 @@ impl<B: Backend> Moe<B> {
     }
 
     /// Few rows: hits first, misses as they arrive, outputs buffered so that the order of arrival does not matter.
-    fn decode(&self, step: &Step<'_, B>, ws: &mut Workspace<B>, store: &mut ExpertStore<B::Memory>) -> Result<(), ModelError> {
+    fn decode(&self, step: &Step<'_, B>, ws: &mut Workspace<B>, store: &mut ExpertStore<B::Memory>, next: Option<Next<'_, B>>) -> Result<(), ModelError> {
         let Step { backend, rows, groups, layout, cancelled } = step;
         let k = self.spec.router.top_k;
         backend.reshape(&mut ws.act, rows * k, self.spec.inner);
         let memory = store.memory().clone();
         let mut lease = store.step(self.index, &groups.experts);
+        if let Some(next) = next.filter(|n| n.moe.forced.is_none() && lease.wants_guess()) {
+            next.route(backend, ws, *rows);
+            lease.guess(next.moe.index, &ws.guess, next.moe.spec.router.top_k);
+        }
         while let Some(batch) = lease.next(cancelled)? {
             let jobs = |parts: [Part; 2]| -> Vec<ExpertJob<'_>> {
                 let wanted = batch.iter().filter(|r| parts.contains(&r.part));
@@ -113,7 +119,7 @@ impl<B: Backend> Moe<B> {
         backend.reshape(&mut ws.act, *rows, self.spec.inner);
         let memory = store.memory().clone();
         let local: Vec<u32> = (0..*rows as u32).collect();
-        let mut lease = store.stream(self.index, &groups.experts);
+        let mut lease = if *rows >= SWEEP_ROWS { store.sweep(self.index, &groups.experts) } else { store.stream(self.index, &groups.experts) };
         while let Some(batch) = lease.next(cancelled)? {
             for ready in batch {
                 let (rows, outs) = (groups.rows(ready.index), groups.outs(ready.index));
@@ -124,6 +130,24 @@ impl<B: Backend> Moe<B> {
             }
         }
         Ok(())
+    }
+}
+
+/// The MoE layer that comes next, to guess which experts it will want: its router on the rows as they are now, before this
+/// layer's experts and the next mixer have added to them.
+pub(crate) struct Next<'a, B: Backend> {
+    pub moe: &'a Moe<B>,
+    pub norm: &'a B::Tensor,
+    pub x: &'a B::Tensor,
+    pub eps: f32,
+}
+
+impl<B: Backend> Next<'_, B> {
+    /// Ids → `ws.guess`; `ws.out` and `ws.routes` are scratch for it.
+    fn route(&self, backend: &B, ws: &mut Workspace<B>, rows: usize) {
+        backend.rms_norm(self.x, 0, rows, self.norm, self.eps, &mut ws.out);
+        backend.route(&self.moe.spec.router, &ws.out, rows, &self.moe.router, &mut ws.routes);
+        backend.read_routes(&ws.routes, &mut ws.guess, &mut ws.guess_weights);
     }
 }
 
