@@ -138,7 +138,7 @@ fn headers(format: BlockFormat, std: f32, random: &mut Xorshift) -> Vec<Vec<u8>>
         BlockFormat::Q8_0 => half(std / 73.9 * (0.75 + 0.5 * random.unit())).to_vec(),
         BlockFormat::Q6K => {
             let mut scales: Vec<u8> =
-                (0..16).map(|_| (8 + random.next() as i8 & 7).wrapping_mul(if random.next() & 256 == 0 { 1 } else { -1 }) as u8).collect();
+                (0..16).map(|_| (8 + (random.next() & 7) as i8).wrapping_mul(if random.next() & 256 == 0 { 1 } else { -1 }) as u8).collect();
             scales.extend(half(std / (18.5 * 11.7)));
             scales
         }
