@@ -16,7 +16,7 @@ enum Repack {
     /// ik_llama.cpp: off unless asked for.
     Rtr,
     /// llama.cpp: on unless told otherwise.
-    Repack,
+    Switch,
     /// Older ones have no choice.
     None,
 }
@@ -82,7 +82,7 @@ impl Peer {
         args.extend([("-t", threads.to_string()), ("-ub", s.ub.to_string()), ("-fa", fa)]);
         match (self.repack, s.repack) {
             (Repack::Rtr, Some(on)) => args.push(("-rtr", bit(on))),
-            (Repack::Repack, Some(on)) => args.push(("--repack", bit(on))),
+            (Repack::Switch, Some(on)) => args.push(("--repack", bit(on))),
             _ => {}
         }
         let words = args.into_iter().flat_map(|(name, value)| [OsString::from(name), value.into()]);
@@ -94,7 +94,7 @@ fn repack_of(help: &str) -> Repack {
     if help.contains("-rtr,") {
         Repack::Rtr
     } else if help.contains("--repack <0|1>") {
-        Repack::Repack
+        Repack::Switch
     } else {
         Repack::None
     }
