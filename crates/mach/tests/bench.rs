@@ -146,5 +146,5 @@ fn kernels_equal_their_twin() {
         assert_eq!(row["equals_scalar"], true, "{row}");
         assert!(row["gb_s"].as_f64().unwrap() > 0.0 && row["gmac_s"].as_f64().unwrap() > 0.0, "{row}");
     }
-    assert!(mach(&["bench", "kernels", "--kernels", "sse9"]).stderr.contains("no kernel set sse9"));
+    assert!(mach(&["bench", "kernels", "--kernels", "sse9"]).err.contains("no kernel set sse9"));
 }
