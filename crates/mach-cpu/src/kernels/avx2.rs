@@ -222,6 +222,13 @@ impl Simd for Avx2 {
         let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a[0], a[1]));
         _mm_storeu_si128(p.cast(), _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words)));
     }
+    const I16: bool = true;
+    #[inline(always)]
+    unsafe fn store_i16(p: *mut i16, a: I) {
+        let pairs = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+        let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a[0], a[1]));
+        _mm256_storeu_si256(p.cast(), _mm256_shuffle_epi8(words, pairs));
+    }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast());
@@ -232,13 +239,45 @@ impl Kernel for Avx2 {
     type V = Self;
     const UNPACKS: bool = true;
 
+    /// The even bytes of a row's four, then the odd ones, each with two integers: sums in i32 from the start.
+    #[inline(always)]
+    unsafe fn dot_i16<const BLK: usize, const R: usize>(w: *const u8, x: [*const i16; R]) -> [I; R] {
+        let low = _mm256_set1_epi16(255);
+        let mut out = [[_mm256_setzero_si256(); 2]; R];
+        for line in 0..BLK / 4 {
+            let bytes = [load_bytes(w.add(line * 64)), load_bytes(w.add(line * 64 + 32))];
+            let even = [_mm256_and_si256(bytes[0], low), _mm256_and_si256(bytes[1], low)];
+            let odd = [_mm256_srli_epi16::<8>(bytes[0]), _mm256_srli_epi16::<8>(bytes[1])];
+            for r in 0..R {
+                let x = x[r].add(line * 4).cast::<i32>();
+                let (x0, x1) = (_mm256_set1_epi32(x.read_unaligned()), _mm256_set1_epi32(x.add(1).read_unaligned()));
+                for h in 0..2 {
+                    out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(even[h], x0));
+                    out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(odd[h], x1));
+                }
+                pin(&mut out[r]);
+            }
+        }
+        out
+    }
+
     #[inline(always)]
     unsafe fn unpack<const BITS: u8, const BLK: usize>(w: *const u8, out: *mut u8) {
+        let nibble = _mm256_set1_epi8(15);
         for h in 0..2 {
-            for sixteen in 0..BLK / 16 {
-                let codes = six_bits(w.add(sixteen * 192 + h * 32));
-                for four in 0..4 {
-                    _mm256_storeu_si256(out.add((sixteen * 4 + four) * 64 + h * 32).cast(), codes[four]);
+            let out = out.add(h * 32);
+            if BITS == 6 {
+                for sixteen in 0..BLK / 16 {
+                    let codes = six_bits(w.add(sixteen * 192 + h * 32));
+                    for four in 0..4 {
+                        _mm256_storeu_si256(out.add((sixteen * 4 + four) * 64).cast(), codes[four]);
+                    }
+                }
+            } else {
+                for line in 0..BLK / 8 {
+                    let bytes = load_bytes(w.add(line * 64 + h * 32));
+                    _mm256_storeu_si256(out.add(line * 128).cast(), _mm256_and_si256(bytes, nibble));
+                    _mm256_storeu_si256(out.add(line * 128 + 64).cast(), _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble));
                 }
             }
         }

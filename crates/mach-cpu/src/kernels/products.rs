@@ -28,8 +28,8 @@ const PREFETCH: usize = 6144;
 const PANEL: usize = 2048;
 const UNPACKED_PANEL: usize = 512;
 
-/// Activation planes from which on a set that unpacks does so.
-const UNPACK_FROM: usize = 8;
+/// Rows from which on a set that unpacks does so, with weights of 6 bits and of 4.
+const UNPACK_FROM: [usize; 2] = [4, 24];
 
 /// Columns this many times above the row's trimmed mean magnitude stay f32. Channels scaled a hundredfold are then caught
 /// (at 128 times their blocks keep enough error to flip 0.3 % of the routes of such a model), while gated activations
@@ -50,6 +50,8 @@ pub(crate) struct QuantRows {
     pub q: *const i8,
     /// 1 or 2: activations of 8 or 16 bits.
     pub planes: usize,
+    /// `[rows][cols]`: integers of 16 bits as [`Simd::store_i16`] orders them, for sets that multiply those.
+    pub whole: *const i16,
     pub cols: usize,
     /// Columns per block: 16, 32 or 64.
     pub block: usize,
@@ -153,6 +155,9 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
             } else {
                 [i; 2]
             };
+            if V::I16 && planes == 2 {
+                V::store_i16(to.whole.cast_mut().add(row * cols + b * block + c), i);
+            }
             for plane in 0..planes {
                 V::store_i8(q.add(plane * cols + b * block + c), parts[plane]);
                 sums[plane] = V::add_i(sums[plane], parts[plane]);
@@ -296,8 +301,10 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
     if wide {
         K::begin::<BLK>();
     }
-    // Nibbles are taken apart as fast as bytes are loaded.
-    let unpack = K::UNPACKS && BITS == 6 && !wide && rows.len() * PLANES >= UNPACK_FROM;
+    // Integers of 16 bits times bytes take half the instructions of two planes times nibbles.
+    let whole = K::V::I16 && PLANES == 2;
+    // With planes, nibbles are taken apart as fast as bytes are loaded.
+    let unpack = K::UNPACKS && !wide && (BITS == 6 && rows.len() >= UNPACK_FROM[0] || BITS == 4 && whole && rows.len() >= UNPACK_FROM[1]);
     let mut unpacked = Unpacked { codes: [MaybeUninit::uninit(); _], scales: [MaybeUninit::uninit(); _] };
     let columns = if unpack { UNPACKED_PANEL } else { PANEL };
     for first in (0..blocks).step_by(columns / BLK) {
@@ -311,13 +318,25 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
             let panel = panel.clone();
             i += if wide {
                 quant_wide::<K, PLANES, BITS, BLK>(format, tile, acts, rest, panel, to)
+            } else if unpack && whole {
+                match rest.len() {
+                    1 => quant_rows::<K, 1, BITS, BLK, 1, WHOLE, true>(format, tile, &unpacked, acts, rest, panel, to),
+                    2 | 3 => quant_rows::<K, 1, BITS, BLK, 2, WHOLE, true>(format, tile, &unpacked, acts, rest, panel, to),
+                    _ => quant_rows::<K, 1, BITS, BLK, 4, WHOLE, true>(format, tile, &unpacked, acts, rest, panel, to),
+                }
             } else if unpack && rest.len() * PLANES >= 4 {
-                quant_rows::<K, PLANES, BITS, BLK, 4, true>(format, tile, &unpacked, acts, rest, panel, to)
+                quant_rows::<K, PLANES, BITS, BLK, 4, PLANE, true>(format, tile, &unpacked, acts, rest, panel, to)
+            } else if whole && BITS == 8 {
+                match rest.len() {
+                    1 => quant_rows::<K, 1, BITS, BLK, 1, WHOLE, false>(format, tile, &unpacked, acts, rest, panel, to),
+                    2 | 3 => quant_rows::<K, 1, BITS, BLK, 2, WHOLE, false>(format, tile, &unpacked, acts, rest, panel, to),
+                    _ => quant_rows::<K, 1, BITS, BLK, 4, WHOLE, false>(format, tile, &unpacked, acts, rest, panel, to),
+                }
             } else {
                 match rest.len() * PLANES {
-                    1 => quant_rows::<K, PLANES, BITS, BLK, 1, false>(format, tile, &unpacked, acts, rest, panel, to),
-                    2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2, false>(format, tile, &unpacked, acts, rest, panel, to),
-                    _ => quant_rows::<K, PLANES, BITS, BLK, 4, false>(format, tile, &unpacked, acts, rest, panel, to),
+                    1 => quant_rows::<K, PLANES, BITS, BLK, 1, PLANE, false>(format, tile, &unpacked, acts, rest, panel, to),
+                    2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2, PLANE, false>(format, tile, &unpacked, acts, rest, panel, to),
+                    _ => quant_rows::<K, PLANES, BITS, BLK, 4, PLANE, false>(format, tile, &unpacked, acts, rest, panel, to),
                 }
             };
         }
@@ -357,9 +376,13 @@ unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Blocks, tile: *cons
     (block.add(within * LANES * BITS as usize / 8), block, within)
 }
 
+/// What [`quant_rows`] multiplies: planes, or integers of 16 bits (`PLANES` is then 1).
+const PLANE: u8 = 0;
+const WHOLE: u8 = 1;
+
 /// `P / PLANES` rows as `P` planes; weights from `unpacked`, which holds the panel, or as they are stored.
 #[inline(always)]
-unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const P: usize, const UNPACKED: bool>(
+unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const P: usize, const MODE: u8, const UNPACKED: bool>(
     format: Blocks,
     tile: *const u8,
     unpacked: &Unpacked,
@@ -381,19 +404,30 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
         for p in 0..P {
             (x[p], sums[p]) = acts.plane(rows[p / PLANES] as usize, p % PLANES, j);
         }
-        let (isum, scale, bias);
+        let (codes, scale, bias);
         if UNPACKED {
-            isum = K::dot_unpacked::<BITS, BLK, P>(unpacked.codes.as_ptr().cast::<u8>().add((j - first) * BLK * LANES), x);
+            codes = unpacked.codes.as_ptr().cast::<u8>().add((j - first) * BLK * LANES);
             let at = unpacked.scales.as_ptr().cast::<f32>().add((j - first) * 2 * LANES);
             (scale, bias) = (K::V::load(at), K::V::load(at.add(LANES)));
         } else {
-            let (lines, block, within) = block_at::<BITS, BLK>(format, tile, j);
+            let (block, within);
+            (codes, block, within) = block_at::<BITS, BLK>(format, tile, j);
             for line in 0..BLK * BITS as usize / 32 + 1 {
-                K::V::prefetch(lines.wrapping_add(PREFETCH + line * 64));
+                K::V::prefetch(codes.wrapping_add(PREFETCH + line * 64));
             }
-            isum = K::dot::<BITS, BLK, P>(lines, x, sums);
             (scale, bias) = format.scales::<K::V>(block, within);
         }
+        let isum = if MODE == WHOLE {
+            let mut x = [acts.whole; P];
+            for r in 0..P {
+                x[r] = acts.whole.add(rows[r] as usize * acts.cols + j * BLK);
+            }
+            K::dot_i16::<BLK, P>(codes, x)
+        } else if UNPACKED {
+            K::dot_unpacked::<BITS, BLK, P>(codes, x)
+        } else {
+            K::dot::<BITS, BLK, P>(codes, x, sums)
+        };
         for r in 0..P / PLANES {
             let at = rows[r] as usize * blocks + j;
             let isum = if PLANES == 2 { K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };

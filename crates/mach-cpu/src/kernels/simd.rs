@@ -75,6 +75,15 @@ pub(crate) trait Simd: Copy + 'static {
     /// Stores the lanes, all from −128 to 127, as bytes.
     unsafe fn store_i8(p: *mut i8, a: Self::I);
 
+    /// Whether the set multiplies bytes by integers of 16 bits ([`Kernel::dot_i16`]).
+    const I16: bool = false;
+    /// Stores the lanes as i16, of every four the first and third before the others.
+    ///
+    /// # Safety
+    /// Only where `I16`.
+    #[inline(always)]
+    unsafe fn store_i16(_p: *mut i16, _a: Self::I) {}
+
     /// Asks for the line at `p`, which need not be valid.
     unsafe fn prefetch(p: *const u8);
 }
@@ -91,7 +100,16 @@ pub(crate) trait Kernel: 'static {
     /// Needs the instruction set; `w` is valid for the lines of `BLK` columns, each `x[r]` for `BLK` bytes.
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], sums: [i32; R]) -> [<Self::V as Simd>::I; R];
 
-    /// Whether [`Kernel::unpack`] and [`Kernel::dot_unpacked`] work, for weights of 6 bits.
+    /// Exact `Σ_k q[row][k] · x[r][k]` of byte weights and integers as [`Simd::store_i16`] wrote them.
+    ///
+    /// # Safety
+    /// As [`Kernel::dot`]; only where [`Simd::I16`].
+    #[inline(always)]
+    unsafe fn dot_i16<const BLK: usize, const R: usize>(_w: *const u8, _x: [*const i16; R]) -> [<Self::V as Simd>::I; R] {
+        [Self::V::splat_i(0); R]
+    }
+
+    /// Whether [`Kernel::unpack`] and [`Kernel::dot_unpacked`] work.
     const UNPACKS: bool = false;
 
     /// Writes the numbers of `BLK` columns as bytes, a line for every four columns.

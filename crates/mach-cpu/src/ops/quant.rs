@@ -16,6 +16,7 @@ use crate::kernels::{PlainRows, QuantRows};
 #[derive(Default)]
 pub(crate) struct QuantBuffer {
     q: AlignedBytes,
+    whole: Vec<i16>,
     scale: Vec<f32>,
     bias: Vec<f32>,
     sum: Vec<i32>,
@@ -43,6 +44,7 @@ impl QuantBuffer {
         let to = QuantRows {
             q: self.q.as_mut_ptr().cast(),
             planes,
+            whole: grown(&mut self.whole, rows * cols).as_mut_ptr(),
             cols,
             block,
             scale: grown(&mut self.scale, rows * blocks).as_mut_ptr(),
