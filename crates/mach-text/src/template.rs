@@ -8,6 +8,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::error::TextError;
 use crate::python;
+use crate::reply::ReplyFormat;
 use crate::tokenizer::{Tokenizer, read_json};
 
 const DEFAULT: &str = "default";
@@ -18,6 +19,7 @@ pub struct ChatTemplate {
     env: Environment<'static>,
     tokens: Map<String, Json>,
     source: String,
+    reply_format: ReplyFormat,
 }
 
 /// Carries the message of `raise_exception` through the template engine's error.
@@ -74,15 +76,22 @@ impl ChatTemplate {
             jiff::fmt::strtime::format(format, &jiff::Zoned::now()).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
         });
         let source = sources[0].1.clone();
+        // The one for tools may be the only one that shows how calls are written.
+        let reply_format = ReplyFormat::detect(&sources.iter().map(|(_, text)| text.as_str()).collect::<String>());
         for (name, text) in sources {
             env.add_template_owned(name, without_generation_tags(&text)).map_err(|e| TextError::TemplateSyntax(describe(&e)))?;
         }
-        Ok(Self { env, tokens, source })
+        Ok(Self { env, tokens, source, reply_format })
     }
 
     /// The template's source (the default one where there are several).
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// How the model marks reasoning and calls in its replies.
+    pub fn reply_format(&self) -> ReplyFormat {
+        self.reply_format
     }
 
     /// Renders a conversation. `kwargs` are further variables (`enable_thinking`); they win over the named tokens.
