@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 use crate::fields::Fields;
-use crate::generate::{Common, Job, Kind};
+use crate::generate::{Common, Job, Kind, Offered};
 use crate::server::App;
 use crate::{sse, wire};
 
@@ -21,8 +21,10 @@ pub(crate) async fn handle(State(app): State<App>, request: Request<Body>) -> Re
     let conversation = Conversation::read(&mut fields)?;
     let text = session.text().clone();
     // Rendering and tokenising a long history takes a while: not on the threads that serve sockets.
-    let prompt = tokio::task::spawn_blocking(move || conversation.prompt(&text)).await.map_err(|e| ApiError::failed("tokenizer-failed", e.to_string()))??;
-    respond(&app, Job::new(Kind::Chat, common, vec![prompt], session)?).await
+    let rendered = tokio::task::spawn_blocking(move || conversation.prompt(&text).map(|prompt| (prompt, conversation.tools, conversation.one_call)));
+    let (prompt, tools, one_call) = rendered.await.map_err(|e| ApiError::failed("tokenizer-failed", e.to_string()))??;
+    let job = Job::new(Kind::Chat, common, vec![prompt], session)?.offering(Offered { tools, one_call });
+    respond(&app, job).await
 }
 
 /// Runs a job, streamed or not.
@@ -41,6 +43,8 @@ struct Conversation {
     messages: Value,
     tools: Option<Value>,
     kwargs: Map<String, Value>,
+    /// The reply ends behind its first call.
+    one_call: bool,
 }
 
 impl Conversation {
@@ -51,6 +55,7 @@ impl Conversation {
             kwargs.entry("reasoning_effort").or_insert(effort.into());
         }
         let tools = tools(fields)?;
+        let one_call = fields.boolean("parallel_tool_calls")? == Some(false);
         let messages = match fields.take("messages") {
             Some(Value::Array(messages)) if !messages.is_empty() => messages,
             Some(Value::Array(_)) => return Err(ApiError::invalid("messages", "`messages` is empty")),
@@ -58,7 +63,7 @@ impl Conversation {
             None => return Err(ApiError::invalid("messages", "`messages` is missing")),
         };
         let messages = messages.into_iter().enumerate().map(|(i, m)| message(i, m)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { messages: messages.into(), tools, kwargs })
+        Ok(Self { messages: messages.into(), tools, kwargs, one_call })
     }
 
     fn prompt(&self, text: &TextModel) -> Result<Prompt, ApiError> {
@@ -104,10 +109,9 @@ fn tools(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
     let mut functions = Vec::with_capacity(tools.len());
     for (i, tool) in tools.into_iter().enumerate() {
         match tool["type"].as_str() {
-            Some("function") if tool["function"]["name"].is_string() => functions.push(tool),
             Some("function") => {
-                let param = format!("tools[{i}].function.name");
-                return Err(ApiError::invalid(&param, format!("`{param}` must be a string")));
+                check_function(&format!("tools[{i}].function"), &tool["function"])?;
+                functions.push(tool);
             }
             // Tools that some hosts run themselves (web search): clients send them blindly.
             Some(_) => {}
@@ -118,6 +122,28 @@ fn tools(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
         }
     }
     Ok((!functions.is_empty() && !forbidden).then_some(Value::Array(functions)))
+}
+
+/// A name that can stand in the markup of a call, and a schema that says how its arguments are read.
+fn check_function(at: &str, function: &Value) -> Result<(), ApiError> {
+    let param = format!("{at}.name");
+    let Some(name) = function["name"].as_str() else {
+        return Err(ApiError::invalid(&param, format!("`{param}` must be a string")));
+    };
+    if name.is_empty() || name.contains(|c: char| c.is_whitespace() || c.is_control() || "<>\"".contains(c)) {
+        let message = format!("`{param}` is {name:?}; it must be a word without spaces, quotes and angle brackets");
+        return Err(ApiError::invalid(&param, message));
+    }
+    let param = format!("{at}.parameters");
+    let parameters = &function["parameters"];
+    let what = match parameters {
+        Value::Null => return Ok(()),
+        Value::Object(_) if parameters["properties"].is_null() || parameters["properties"].is_object() => return Ok(()),
+        Value::Object(_) => ".properties",
+        _ => "",
+    };
+    let param = format!("{param}{what}");
+    Err(ApiError::invalid(&param, format!("`{param}` must be an object of a JSON schema")))
 }
 
 /// One message as templates take it.
@@ -187,10 +213,9 @@ fn joined_parts(at: &str, parts: Vec<Value>) -> Result<String, ApiError> {
 
 /// Clients send the arguments of earlier calls as JSON text; templates want the object.
 fn parse_arguments(at: &str, call: &mut Value) -> Result<(), ApiError> {
-    let function = &mut call["function"];
-    if !function["name"].is_string() {
+    let Some(function) = call.get_mut("function").filter(|function| function["name"].is_string()) else {
         return Err(ApiError::invalid(format!("{at}.name"), format!("`{at}.name` must be a string")));
-    }
+    };
     let parsed = match &function["arguments"] {
         Value::Object(_) => return Ok(()),
         Value::Null => Some(Value::Object(Map::new())),

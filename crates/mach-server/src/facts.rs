@@ -55,6 +55,7 @@ fn signals(app: &App) -> Value {
 /// `/v1/capabilities`.
 pub(crate) async fn capabilities(State(app): State<App>) -> Json<Value> {
     let info = app.session.engine().info();
+    let replies = app.session.text().reply_format();
     Json(json!({
         "model": app.model_id(),
         "arch": info.arch,
@@ -73,8 +74,10 @@ pub(crate) async fn capabilities(State(app): State<App>) -> Json<Value> {
             "seed": true,
             "n": true,
             "logit_bias": true,
-            "tools": "rendered into the prompt",
+            "tools": replies.calls.is_some(),
             "tool_choice": ["auto", "none"],
+            "parallel_tool_calls": replies.calls.is_some(),
+            "reasoning_content": replies.reasoning,
             "response_format": ["text"],
             "logprobs": false,
             "images": false,

@@ -1,9 +1,11 @@
 //! What chat and completions share: sampling parameters, running choices one after another, usage and timings.
 
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use mach_engine::{CancelGuard, FinishReason, Receipt};
-use mach_session::{GenerateRequest, Prompt, SamplingOverrides, Session, TextEvent, choice_seed, random_seed};
+use mach_engine::{CancelGuard, CancelToken, FinishReason, Receipt};
+use mach_session::{GenerateRequest, Prompt, ReplyReader, ReplyUpdate, SamplingOverrides, Session, choice_seed, random_seed};
+use mach_text::ReplyMessage;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -116,18 +118,27 @@ pub(crate) struct Job {
     pub(crate) created: u64,
     pub(crate) common: Common,
     prompts: Vec<Prompt>,
+    offered: Offered,
     session: Session,
+}
+
+/// The tools that a conversation offered.
+#[derive(Debug, Default)]
+pub(crate) struct Offered {
+    pub(crate) tools: Option<Value>,
+    /// The reply ends behind its first call.
+    pub(crate) one_call: bool,
 }
 
 /// A choice that is being generated. Dropping it cancels the computation.
 pub(crate) struct Running {
-    pub(crate) events: UnboundedReceiver<TextEvent>,
+    pub(crate) events: UnboundedReceiver<ReplyUpdate>,
     _guard: CancelGuard,
 }
 
 /// A finished choice.
 pub(crate) struct Choice {
-    pub(crate) text: String,
+    pub(crate) message: ReplyMessage,
     pub(crate) finish_reason: &'static str,
 }
 
@@ -146,7 +157,13 @@ impl Job {
             Kind::Chat => "chatcmpl",
             Kind::Completion => "cmpl",
         };
-        Ok(Self { kind, id: format!("{prefix}-{}", random_id()), created: unix_time(), common, prompts, session })
+        Ok(Self { kind, id: format!("{prefix}-{}", random_id()), created: unix_time(), common, prompts, offered: Offered::default(), session })
+    }
+
+    /// Looks for calls of these tools in the replies.
+    pub(crate) fn offering(mut self, offered: Offered) -> Self {
+        self.offered = offered;
+        self
     }
 
     pub(crate) fn choices(&self) -> usize {
@@ -158,10 +175,26 @@ impl Job {
         let mut request = self.common.request.clone();
         request.prompt = self.prompts[index / self.common.n].clone();
         request.sampling.seed = Some(choice_seed(self.common.seed, index % self.common.n));
+        let mut reader = match self.kind {
+            Kind::Chat => ReplyReader::new(self.session.text(), &request.prompt, self.offered.tools.as_ref()).one_call(self.offered.one_call),
+            Kind::Completion => ReplyReader::plain(),
+        };
         let (tx, events) = unbounded_channel();
-        // A receiver that is gone has cancelled the request already.
-        let cancel = self.session.generate_with(request, move |event| drop(tx.send(event)));
+        let own_cancel: Arc<OnceLock<CancelToken>> = Arc::default();
+        let to_end = own_cancel.clone();
+        let sink = move |event| {
+            // A receiver that is gone has cancelled the request already.
+            drop(tx.send(reader.read(event)));
+            if reader.is_done()
+                && let Some(cancel) = to_end.get()
+            {
+                cancel.cancel();
+            }
+        };
+        let cancel = self.session.generate_with(request, sink);
         let cancel = cancel.map_err(|e| ApiError::from_session(e, self.kind.prompt_param()))?;
+        // Set once, here; a call takes several tokens, so the sink finds it.
+        let _ = own_cancel.set(cancel.clone());
         Ok(Running { events, _guard: CancelGuard(cancel) })
     }
 
@@ -171,16 +204,17 @@ impl Job {
         let mut totals = Totals::default();
         for index in 0..self.choices() {
             let mut running = self.start(index)?;
-            let mut text = String::new();
+            let mut message = ReplyMessage::default();
             let choice = loop {
                 match running.events.recv().await {
-                    Some(TextEvent::Prefill { .. }) => {}
-                    Some(TextEvent::Delta { text: piece, .. }) => text.push_str(&piece),
-                    Some(TextEvent::Finished { reason, receipt, .. }) => {
-                        totals.add(&receipt, self.is_first(index));
-                        break Choice { text, finish_reason: finish_reason(reason) };
+                    Some(ReplyUpdate::Prefill { .. }) => {}
+                    Some(ReplyUpdate::Parts(parts)) => parts.into_iter().for_each(|part| message.push(part)),
+                    Some(ReplyUpdate::Finished { parts, reason, calls, reasoning_tokens, receipt }) => {
+                        parts.into_iter().for_each(|part| message.push(part));
+                        totals.add(&receipt, reasoning_tokens, self.is_first(index));
+                        break Choice { message, finish_reason: finish_reason(reason, calls) };
                     }
-                    Some(TextEvent::Failed { code, message }) => return Err(ApiError::failed(code, message)),
+                    Some(ReplyUpdate::Failed { code, message }) => return Err(ApiError::failed(code, message)),
                     None => return Err(ApiError::closed()),
                 }
             };
@@ -200,9 +234,10 @@ impl Job {
     }
 }
 
-pub(crate) fn finish_reason(reason: FinishReason) -> &'static str {
+pub(crate) fn finish_reason(reason: FinishReason, calls: usize) -> &'static str {
     match reason {
         FinishReason::Length => "length",
+        _ if calls > 0 => "tool_calls",
         FinishReason::Stop | FinishReason::Cancelled => "stop",
     }
 }
@@ -213,11 +248,13 @@ pub(crate) struct Totals {
     /// As billed: every prompt once.
     prompt_tokens: usize,
     cached_tokens: usize,
+    reasoning_tokens: usize,
     sum: Receipt,
 }
 
 impl Totals {
-    pub(crate) fn add(&mut self, receipt: &Receipt, first_of_prompt: bool) {
+    pub(crate) fn add(&mut self, receipt: &Receipt, reasoning_tokens: usize, first_of_prompt: bool) {
+        self.reasoning_tokens += reasoning_tokens;
         if first_of_prompt {
             self.prompt_tokens += receipt.prompt_tokens;
             self.cached_tokens += receipt.cached_tokens;
@@ -242,7 +279,7 @@ impl Totals {
             "completion_tokens": self.sum.completion_tokens,
             "total_tokens": self.prompt_tokens + self.sum.completion_tokens,
             "prompt_tokens_details": { "cached_tokens": self.cached_tokens },
-            "completion_tokens_details": { "reasoning_tokens": 0 },
+            "completion_tokens_details": { "reasoning_tokens": self.reasoning_tokens },
         })
     }
 

@@ -9,7 +9,7 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use futures_core::Stream;
-use mach_session::TextEvent;
+use mach_session::ReplyUpdate;
 use serde_json::Value;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::time::Instant;
@@ -106,25 +106,28 @@ async fn send_choice(job: &Job, index: usize, mut running: Running, totals: &mut
             }
         };
         match event {
-            Some(TextEvent::Prefill { done, total, .. }) => (prefilled, prompt) = (done, total),
-            Some(TextEvent::Delta { text, .. }) => {
+            Some(ReplyUpdate::Prefill { done, total, .. }) => (prefilled, prompt) = (done, total),
+            Some(ReplyUpdate::Parts(parts)) => {
                 if !std::mem::replace(&mut role_sent, true) {
                     writer.data(&wire::role_chunk(job, index)).await?;
                 }
-                if !text.is_empty() {
-                    writer.data(&wire::text_chunk(job, index, &text)).await?;
+                for chunk in parts.iter().filter_map(|part| wire::part_chunk(job, index, part)) {
+                    writer.data(&chunk).await?;
                     silent_until = Instant::now() + writer.keep_alive;
                 }
             }
-            Some(TextEvent::Finished { reason, receipt, .. }) => {
+            Some(ReplyUpdate::Finished { parts, reason, calls, reasoning_tokens, receipt }) => {
                 if !role_sent {
                     writer.data(&wire::role_chunk(job, index)).await?;
                 }
-                totals.add(&receipt, job.is_first(index));
-                writer.data(&wire::finish_chunk(job, index, finish_reason(reason), totals)).await?;
+                for chunk in parts.iter().filter_map(|part| wire::part_chunk(job, index, part)) {
+                    writer.data(&chunk).await?;
+                }
+                totals.add(&receipt, reasoning_tokens, job.is_first(index));
+                writer.data(&wire::finish_chunk(job, index, finish_reason(reason, calls), totals)).await?;
                 return Ok(Ok(()));
             }
-            Some(TextEvent::Failed { code, message }) => return Ok(Err(ApiError::failed(code, message))),
+            Some(ReplyUpdate::Failed { code, message }) => return Ok(Err(ApiError::failed(code, message))),
             None => return Ok(Err(ApiError::closed())),
         }
     }

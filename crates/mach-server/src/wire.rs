@@ -1,8 +1,9 @@
 //! Response objects of both endpoints.
 
+use mach_text::{ReplyEvent, ReplyMessage, ToolCall};
 use serde_json::{Value, json};
 
-use crate::generate::{Choice, Job, Kind, Totals};
+use crate::generate::{Choice, Job, Kind, Totals, random_id};
 
 /// The answer to a request that does not stream.
 pub(crate) fn response(job: &Job, choices: Vec<Choice>, totals: &Totals) -> Value {
@@ -12,13 +13,13 @@ pub(crate) fn response(job: &Job, choices: Vec<Choice>, totals: &Totals) -> Valu
         .map(|(index, choice)| match job.kind {
             Kind::Chat => json!({
                 "index": index,
-                "message": { "role": "assistant", "content": choice.text },
+                "message": message(choice.message),
                 "logprobs": null,
                 "finish_reason": choice.finish_reason,
             }),
             Kind::Completion => json!({
                 "index": index,
-                "text": choice.text,
+                "text": choice.message.content,
                 "logprobs": null,
                 "finish_reason": choice.finish_reason,
             }),
@@ -33,6 +34,24 @@ pub(crate) fn response(job: &Job, choices: Vec<Choice>, totals: &Totals) -> Valu
     response["timings"] = totals.timings();
     response["seed"] = job.seed().into();
     response
+}
+
+/// The assistant's message; what it lacks is left out, content beside calls is null.
+fn message(reply: ReplyMessage) -> Value {
+    let content = if reply.content.is_empty() && !reply.calls.is_empty() { Value::Null } else { reply.content.into() };
+    let mut message = json!({ "role": "assistant", "content": content });
+    if !reply.reasoning.is_empty() {
+        message["reasoning_content"] = reply.reasoning.into();
+    }
+    if !reply.calls.is_empty() {
+        let call = |ToolCall { name, arguments }| json!({ "id": call_id(), "type": "function", "function": { "name": name, "arguments": arguments } });
+        message["tool_calls"] = reply.calls.into_iter().map(call).collect();
+    }
+    message
+}
+
+fn call_id() -> String {
+    format!("call_{}", random_id())
 }
 
 fn envelope(job: &Job, object: &str, choices: Vec<Value>) -> Value {
@@ -69,9 +88,20 @@ pub(crate) fn role_chunk(job: &Job, index: usize) -> Value {
     chunk(job, vec![choice(job, index, json!({ "role": "assistant", "content": "" }), "", None)])
 }
 
-/// New text.
-pub(crate) fn text_chunk(job: &Job, index: usize, text: &str) -> Value {
-    chunk(job, vec![choice(job, index, json!({ "content": text }), text, None)])
+/// A part of a reply; the end of a call has no shape of its own.
+pub(crate) fn part_chunk(job: &Job, index: usize, part: &ReplyEvent) -> Option<Value> {
+    let calls = |call: Value| json!({ "tool_calls": [call] });
+    let (delta, text) = match part {
+        ReplyEvent::Content(text) => (json!({ "content": text }), text.as_str()),
+        ReplyEvent::Reasoning(text) => (json!({ "reasoning_content": text }), ""),
+        ReplyEvent::CallStart { index, name } => {
+            let function = json!({ "name": name, "arguments": "" });
+            (calls(json!({ "index": index, "id": call_id(), "type": "function", "function": function })), "")
+        }
+        ReplyEvent::CallArguments { index, json } => (calls(json!({ "index": index, "function": { "arguments": json } })), ""),
+        ReplyEvent::CallEnd { .. } | ReplyEvent::CallDropped { .. } => return None,
+    };
+    Some(chunk(job, vec![choice(job, index, delta, text, None)]))
 }
 
 /// The end of a choice.

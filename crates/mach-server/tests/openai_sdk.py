@@ -25,7 +25,7 @@ def stats():
 
 
 def chat(**more):
-    return client.chat.completions.create(**{"model": "any/name", "messages": QUESTION, "temperature": 0, "max_tokens": 40} | more)
+    return client.chat.completions.create(**{"model": "any/name", "messages": QUESTION, "temperature": 0, "max_tokens": 60} | more)
 
 
 def text(reply):
@@ -94,12 +94,54 @@ def check_seed():
     assert [c.index for c in choices] == [0, 1] and choices[0].message.content == one
 
 
+CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "The city to look up."}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "Get the current weather in a city.", "parameters": CITY}}]
+CALL = "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
+ASK = [{"role": "user", "content": f"SAY({CALL})SAY" if SCRIPTED else "What is the weather in Paris?"}]
+
+
 def check_tools():
-    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
-    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": "{\"city\": \"Oslo\"}"}}
-    history = QUESTION + [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "rain"}]
-    assert chat(messages=history, tools=tools, tool_choice="auto").usage.prompt_tokens > chat(messages=history).usage.prompt_tokens
+    reply = chat(messages=ASK, tools=TOOLS, tool_choice="auto").choices[0]
+    assert reply.finish_reason == "tool_calls" and reply.message.content is None, reply
+    (call,) = reply.message.tool_calls
+    assert call.type == "function" and call.function.name == "get_weather" and json.loads(call.function.arguments) == {"city": "Paris"}, call
+    result = {"role": "tool", "tool_call_id": call.id, "content": json.dumps({"city": "Paris", "temperature": 21, "sky": "sunny"})}
+    final = chat(messages=ASK + [reply.message, result], tools=TOOLS)
+    assert final.choices[0].finish_reason == "stop" and final.choices[0].message.tool_calls is None, final
+    assert "Paris" in text(final), final
+    assert SCRIPTED or "sunny" in text(final), final
     chat(messages=[{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}] + QUESTION, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+
+
+def check_streamed_tools():
+    name, arguments, finish, ids = "", "", None, []
+    for chunk in chat(messages=ASK, tools=TOOLS, stream=True):
+        for choice in chunk.choices:
+            finish = choice.finish_reason or finish
+            for part in choice.delta.tool_calls or []:
+                assert part.index == 0
+                ids += [part.id] if part.id else []
+                name += part.function.name or ""
+                arguments += part.function.arguments or ""
+    assert (finish, name, json.loads(arguments), len(ids)) == ("tool_calls", "get_weather", {"city": "Paris"}, 1), (finish, name, arguments, ids)
+    with client.chat.completions.stream(model="m", messages=ASK, tools=TOOLS, temperature=0, max_tokens=60) as stream:
+        message = stream.get_final_completion().choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "{\"city\": \"Paris\", \"temperature\": 21, \"sky\": \"sunny\"}"}
+    history = ASK + [{"role": "assistant", "tool_calls": [c.model_dump(include={"id", "type", "function"}) for c in message.tool_calls]}, result]
+    final = "".join(c.choices[0].delta.content or "" for c in chat(messages=history, tools=TOOLS, stream=True) if c.choices)
+    assert "Paris" in final and "<tool_call>" not in final, final
+
+
+def check_reasoning():
+    asked = [{"role": "user", "content": "SAY(I know.\n</think>\n\nParis.)SAY"}] if SCRIPTED else QUESTION
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    reply = chat(messages=asked, extra_body=thinking)
+    message = reply.choices[0].message
+    assert "think>" not in message.content and "Paris" in message.content, message
+    if SCRIPTED:
+        assert message.reasoning_content == "I know." and reply.usage.completion_tokens_details.reasoning_tokens > 2, reply
+        streamed = "".join(getattr(c.choices[0].delta, "reasoning_content", None) or "" for c in chat(messages=asked, extra_body=thinking, stream=True))
+        assert streamed == message.reasoning_content
 
 
 def expect(kind, param=None, **request):

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use mach_text::{ChatTemplate, TextError, Tokenizer};
+use mach_text::{ChatTemplate, ReplyFormat, TextError, Tokenizer};
 use serde_json::{Map, Value};
 
 use crate::sampling::GenerationDefaults;
@@ -81,6 +81,11 @@ impl TextModel {
     /// Whether conversations can be rendered.
     pub fn has_template(&self) -> bool {
         self.template.is_ok()
+    }
+
+    /// How replies to conversations are marked up; without a template they are not.
+    pub fn reply_format(&self) -> ReplyFormat {
+        self.template.as_ref().map_or_else(|_| ReplyFormat::default(), ChatTemplate::reply_format)
     }
 
     /// Renders a conversation to text only.

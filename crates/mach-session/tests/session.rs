@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use mach_engine::{EngineHandle, EngineInfo, Event, FinishReason, Receipt, Sampling, Submission, SubmitError, Verdict};
-use mach_session::{ChatInput, GenerateRequest, Prompt, SamplingOverrides, Session, SessionError, TextEvent, TextModel};
+use mach_session::{ChatInput, GenerateRequest, Prompt, ReplyReader, ReplyUpdate, SamplingOverrides, Session, SessionError, TextEvent, TextModel};
+use mach_text::{ReplyMessage, ToolCall};
 use serde_json::{Map, Value, json};
 
 fn tiny() -> PathBuf {
@@ -245,4 +246,36 @@ fn odd_conversations_still_render() {
     let messages = json!([{"role": "system", "content": "Alone"}]);
     assert!(session.text().chat_prompt(chat(&messages, &kwargs)).unwrap().snapshot_at.is_empty());
     assert_eq!(session.text().chat_prompt(chat(&json!(["x"]), &kwargs)).unwrap_err().code(), "bad-messages");
+}
+
+/// A reply comes in parts, its reasoning tokens are counted, and with one call allowed nothing behind it is told.
+#[test]
+fn replies_come_in_parts() {
+    let calls = |city: &str| format!("<tool_call>\n<function=get_weather>\n<parameter=city>\n{city}\n</parameter>\n</function>\n</tool_call>");
+    let (session, _seen) = session(&format!("I think.\n</think>\n\nWait.\n{}\n{}<|im_end|>", calls("Oslo"), calls("Rome")));
+    let kwargs: Map<String, Value> = [("enable_thinking".to_owned(), json!(true))].into_iter().collect();
+    let tools = json!([{"type": "function", "function": {"name": "get_weather"}}]);
+    let messages = json!([{"role": "user", "content": "Weather?"}]);
+    let prompt = session.text().chat_prompt(ChatInput { tools: Some(&tools), ..chat(&messages, &kwargs) }).unwrap();
+    for (one_call, cities) in [(false, vec!["Oslo", "Rome"]), (true, vec!["Oslo"])] {
+        let mut reader = ReplyReader::new(session.text(), &prompt, Some(&tools)).one_call(one_call);
+        let mut message = ReplyMessage::default();
+        let mut end = None;
+        for event in session.generate(GenerateRequest { prompt: prompt.clone(), ..Default::default() }).unwrap() {
+            match reader.read(event) {
+                ReplyUpdate::Parts(parts) => parts.into_iter().for_each(|part| message.push(part)),
+                ReplyUpdate::Finished { parts, calls, reasoning_tokens, .. } => {
+                    parts.into_iter().for_each(|part| message.push(part));
+                    end = Some((calls, reasoning_tokens));
+                }
+                _ => {}
+            }
+        }
+        assert_eq!((message.reasoning.as_str(), message.content.as_str()), ("I think.", "Wait."));
+        let want: Vec<ToolCall> = cities.iter().map(|c| ToolCall { name: "get_weather".into(), arguments: format!("{{\"city\": \"{c}\"}}") }).collect();
+        assert_eq!(message.calls, want);
+        let thought = session.text().tokenizer().encode("I think.\n</think>", false).unwrap().len();
+        assert_eq!(end, Some((cities.len(), thought)));
+        assert_eq!(reader.is_done(), one_call);
+    }
 }

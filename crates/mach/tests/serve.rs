@@ -236,14 +236,16 @@ fn reuse_is_exact_and_counted() {
             let body = json!({"messages": messages, "temperature": if turn == 1 { 1.0 } else { 0.0 }, "seed": 3, "max_tokens": 60,
                 "chat_template_kwargs": {"enable_thinking": thinking}});
             let (reply, fresh) = (warm.chat(&body), Server::start(&["--bank", "50%"]).chat(&body));
-            assert_eq!(text(&reply), text(&fresh), "turn {turn}");
+            assert_eq!(reply["choices"][0]["message"], fresh["choices"][0]["message"], "turn {turn}");
             let cached = number(&reply, "/usage/prompt_tokens_details/cached_tokens");
             let prompt = number(&reply, "/usage/prompt_tokens");
             assert_eq!((number(&fresh, "/usage/prompt_tokens_details/cached_tokens"), number(&fresh, "/usage/prompt_tokens")), (0, prompt));
             // At least to the end of the last question; the whole answer too where the template renders it as it was generated.
             assert!(cached >= before && cached < prompt, "turn {turn}: {cached} of {prompt}, at least {before}");
             assert_eq!(number(&reply, "/timings/cache_n") + number(&reply, "/timings/prompt_n"), prompt);
-            let (thought, said) = text(&reply).split_once("</think>").unwrap_or(("", text(&reply)));
+            let said = text(&reply);
+            let thought = reply["choices"][0]["message"]["reasoning_content"].as_str().unwrap_or_default();
+            assert_eq!(number(&reply, "/usage/completion_tokens_details/reasoning_tokens") > 0, thinking, "{reply}");
             // Else there is nothing that the next prompt leaves out.
             assert!(turn > 0 || thought.is_empty() != thinking, "{reply}");
             // The header of the assistant's turn is rendered anew when thoughts are dropped.
@@ -261,6 +263,39 @@ fn reuse_is_exact_and_counted() {
         assert_eq!(text(&reply), text(&fresh));
         assert!(number(&reply, "/usage/prompt_tokens_details/cached_tokens") > 20, "{reply}");
     }
+}
+
+/// The built-in model calls a tool, gets its result and answers; the calls' turn is reused, streams say the same, and usage counts it all.
+#[test]
+fn tools_are_called_and_answered() {
+    let server = Server::start(&[]);
+    let integer = json!({"type": "integer"});
+    let schema = json!({"type": "object", "properties": {"a": integer, "b": integer}, "required": ["a", "b"]});
+    let tools = json!([{"type": "function", "function": {"name": "add_numbers", "description": "Add two numbers.", "parameters": schema}}]);
+    let mut body = json!({"messages": user("Please add 12 and 30 with the tool."), "tools": tools, "temperature": 0});
+    let reply = server.chat(&body);
+    let choice = &reply["choices"][0];
+    let call = &choice["message"]["tool_calls"][0];
+    assert_eq!((&choice["finish_reason"], &call["function"]["name"]), (&json!("tool_calls"), &json!("add_numbers")), "{reply}");
+    let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+    assert_eq!(arguments, json!({"a": 12, "b": 30}));
+    assert!(choice["message"]["content"].is_null() && number(&reply, "/usage/completion_tokens") > 10, "{reply}");
+
+    body["stream"] = true.into();
+    let events = server.post(CHAT, &body).events();
+    let deltas = events.iter().filter_map(|e| e["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"].as_str());
+    assert_eq!(deltas.clone().collect::<String>(), call["function"]["arguments"].as_str().unwrap());
+    assert!(deltas.count() > 2, "arguments are told while they are written");
+
+    body["stream"] = false.into();
+    let result = json!({"role": "tool", "tool_call_id": call["id"], "content": "42"});
+    body["messages"].as_array_mut().unwrap().extend([choice["message"].clone(), result]);
+    let (answer, fresh) = (server.chat(&body), Server::start(&["--bank", "50%"]).chat(&body));
+    assert!(text(&answer).contains("42") && answer["choices"][0]["finish_reason"] == "stop", "{answer}");
+    assert_eq!(text(&answer), text(&fresh));
+    // The call is rendered as it was generated, so the whole turn is there already.
+    let turn = number(&reply, "/usage/prompt_tokens") + number(&reply, "/usage/completion_tokens");
+    assert!(number(&answer, "/usage/prompt_tokens_details/cached_tokens") >= turn, "{reply} {answer}");
 }
 
 /// SIGTERM lets answers under way and in the queue finish and takes nothing new; the process ends with 0.

@@ -28,7 +28,8 @@ pub fn tiny() -> PathBuf {
 }
 
 /// Obeys the engine's contract without a model. Words in the prompt steer it: `FAIL` fails after two tokens, `LONG` talks until it is
-/// stopped, `PREFILL` computes its prompt for ten seconds.
+/// stopped, `PREFILL` computes its prompt for ten seconds, and what stands between
+/// `SAY(` and `)SAY` is said until a tool has answered.
 fn engine(stats: SharedStats, submissions: std::sync::mpsc::Receiver<Submission>, text: Arc<TextModel>) {
     for mut submission in submissions {
         stats.with(|s| {
@@ -75,7 +76,9 @@ fn run(submission: &mut Submission, text: &TextModel, stats: &SharedStats) -> Op
             std::thread::sleep(Duration::from_millis(10));
         }
     }
-    let script = text.tokenizer().encode(REPLY, false).unwrap();
+    let asked = prompt.split_once("SAY(").and_then(|(_, rest)| rest.split_once(")SAY"));
+    let said = asked.filter(|(_, rest)| !rest.contains("<tool_response>")).map(|(said, _)| said);
+    let script = text.tokenizer().encode(said.unwrap_or(REPLY), false).unwrap();
     let limit = request.max_tokens.unwrap_or(usize::MAX).min(CONTEXT - total);
     let mut tokens = 0;
     loop {

@@ -1,11 +1,13 @@
 //! `mach chat`: a conversation on the terminal.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, IsTerminal};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use mach_engine::{CancelToken, FinishReason, Receipt};
-use mach_session::{ChatInput, GenerateRequest, Session, TextEvent, ThinkSplitter, prompt_opens_thinking};
+use mach_session::{ChatInput, GenerateRequest, ReplyReader, ReplyUpdate, Session};
+use mach_text::{ReplyEvent, ReplyMessage, ToolCall};
 use serde_json::{Map, Value, json};
 
 use super::args::{EngineArgs, SamplingArgs};
@@ -21,6 +23,9 @@ pub(super) struct Args {
     /// System message
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
+    /// JSON file with an array of tools to offer; what their calls give is typed in
+    #[arg(long, value_name = "FILE")]
+    tools: Option<std::path::PathBuf>,
     /// Ask the template not to let the model think
     #[arg(long)]
     no_think: bool,
@@ -41,17 +46,21 @@ struct Chat {
     args: Args,
     system: Option<String>,
     messages: Vec<Value>,
+    tools: Option<Value>,
+    /// Calls whose results are still to be typed in.
+    waiting: VecDeque<String>,
     last: Option<Receipt>,
     running: Arc<Mutex<Option<CancelToken>>>,
 }
 
 pub(super) fn run(mut args: Args) -> Result<(), Error> {
+    let tools = args.tools.as_deref().map(read_tools).transpose()?;
     let loaded = args.engine.load(args.model.as_deref())?;
     let running: Arc<Mutex<Option<CancelToken>>> = Arc::default();
     let to_stop = running.clone();
     on_interrupt_while_running(to_stop)?;
     let system = args.system.take();
-    let mut chat = Chat { session: loaded.session()?, system, messages: Vec::new(), last: None, running, args };
+    let mut chat = Chat { session: loaded.session()?, system, messages: Vec::new(), tools, waiting: VecDeque::new(), last: None, running, args };
     let interactive = std::io::stdin().is_terminal();
     if interactive {
         eprintln!("{}: type a message. {HELP}", loaded.path.name);
@@ -59,7 +68,7 @@ pub(super) fn run(mut args: Args) -> Result<(), Error> {
     let mut lines = std::io::stdin().lock().lines();
     loop {
         if interactive {
-            output::print("> ");
+            output::print(&chat.waiting.front().map_or("> ".to_owned(), |name| format!("result of {name}> ")));
         }
         let Some(line) = lines.next() else { break };
         let line = line.map_err(Error::io("read from stdin"))?;
@@ -100,6 +109,7 @@ fn on_interrupt_while_running(running: Arc<Mutex<Option<CancelToken>>>) -> Resul
 impl Chat {
     fn reset(&mut self) {
         self.messages.clear();
+        self.waiting.clear();
         eprintln!("the conversation starts anew");
     }
 
@@ -126,17 +136,30 @@ impl Chat {
         }
     }
 
+    /// Takes what the user says, or the result of a call that waits for it.
     fn turn(&mut self, text: &str) -> Result<(), Error> {
-        self.messages.push(json!({"role": "user", "content": text}));
+        if self.waiting.pop_front().is_some() {
+            self.messages.push(json!({"role": "tool", "content": text}));
+            if !self.waiting.is_empty() {
+                return Ok(());
+            }
+        } else {
+            self.messages.push(json!({"role": "user", "content": text}));
+        }
         let reply = self.reply();
         match &reply {
-            Ok(reply) => self.messages.push(json!({"role": "assistant", "content": reply.content, "reasoning_content": reply.thinking})),
-            Err(_) => drop(self.messages.pop()),
+            Ok(reply) => self.messages.push(assistant(reply)),
+            Err(_) => {
+                // Back to before the user's turn, with the calls and results since then.
+                let user = self.messages.iter().rposition(|m| m["role"] == "user");
+                self.messages.truncate(user.unwrap_or(0));
+            }
         }
+        self.waiting = reply.iter().flat_map(|reply| &reply.calls).map(|call| call.name.clone()).collect();
         reply.map(|_| ())
     }
 
-    fn reply(&mut self) -> Result<Reply, Error> {
+    fn reply(&mut self) -> Result<ReplyMessage, Error> {
         let mut messages: Vec<Value> = self.system.iter().map(|s| json!({"role": "system", "content": s})).collect();
         messages.extend(self.messages.iter().cloned());
         let mut kwargs = Map::new();
@@ -144,26 +167,28 @@ impl Chat {
             kwargs.insert("enable_thinking".into(), json!(false));
         }
         let messages = Value::Array(messages);
-        let prompt = self.session.text().chat_prompt(ChatInput { messages: &messages, tools: None, kwargs: &kwargs, add_generation_prompt: true })?;
-        let mut split = ThinkSplitter::new(prompt_opens_thinking(&prompt.text));
+        let prompt =
+            self.session.text().chat_prompt(ChatInput { messages: &messages, tools: self.tools.as_ref(), kwargs: &kwargs, add_generation_prompt: true })?;
+        let mut reader = ReplyReader::new(self.session.text(), &prompt, self.tools.as_ref());
         let request = GenerateRequest { prompt, sampling: self.args.sampling.overrides(), max_tokens: self.args.max_tokens, ..Default::default() };
         let stream = self.session.generate(request)?;
         let running = self.running.clone();
         let set_running = move |token: Option<CancelToken>| *running.lock().unwrap_or_else(PoisonError::into_inner) = token;
         set_running(Some(stream.cancel_token()));
         let dim = output::fancy() && std::io::stdout().is_terminal();
-        let (mut reply, mut progress, began) = (Reply::default(), ProgressLine::new(), Instant::now());
+        let mut shown = Shown { dim, message: ReplyMessage::default(), thought: false };
+        let (mut progress, began) = (ProgressLine::new(), Instant::now());
         let mut result = Err(mach_engine::SubmitError::Closed.into());
         for event in stream {
-            match event {
-                TextEvent::Prefill { done, total, cached } => progress.show(|| prefill_line(done, total, cached, began)),
-                TextEvent::Delta { text, .. } => {
+            match reader.read(event) {
+                ReplyUpdate::Prefill { done, total, cached } => progress.show(|| prefill_line(done, total, cached, began)),
+                ReplyUpdate::Parts(parts) => {
                     progress.end(None);
-                    split.push(&text).into_iter().for_each(|p| reply.take(&p, dim));
+                    parts.into_iter().for_each(|part| shown.take(part));
                 }
-                TextEvent::Finished { reason, receipt, .. } => {
+                ReplyUpdate::Finished { parts, reason, receipt, .. } => {
                     progress.end(None);
-                    split.finish().into_iter().for_each(|p| reply.take(&p, dim));
+                    parts.into_iter().for_each(|part| shown.take(part));
                     output::line("");
                     if reason == FinishReason::Cancelled {
                         eprintln!("(stopped)");
@@ -171,27 +196,61 @@ impl Chat {
                     self.last = Some(receipt);
                     result = Ok(());
                 }
-                TextEvent::Failed { code, message } => result = Err(mach_session::SessionError::Failed { code, message }.into()),
+                ReplyUpdate::Failed { code, message } => result = Err(mach_session::SessionError::Failed { code, message }.into()),
             }
         }
         set_running(None);
-        result.map(|()| reply)
+        result.map(|()| shown.message)
     }
 }
 
-#[derive(Default)]
-struct Reply {
-    content: String,
-    thinking: String,
+fn read_tools(path: &std::path::Path) -> Result<Value, Error> {
+    let wrong = |why: String| Error::Input { code: "tools-invalid", message: format!("{}: {why}; it must hold a JSON array of tools", path.display()) };
+    let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+    let tools: Value = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
+    if tools.is_array() { Ok(tools) } else { Err(wrong("this is no array".to_owned())) }
 }
 
-impl Reply {
-    fn take(&mut self, part: &mach_session::Part, dim: bool) {
-        let into = if part.thinking { &mut self.thinking } else { &mut self.content };
-        into.push_str(&part.text);
-        match (part.thinking, dim) {
-            (true, true) => output::print(&format!("\x1b[2m{}\x1b[0m", part.text)),
-            _ => output::print(&part.text),
+/// A reply as the template takes it back.
+fn assistant(reply: &ReplyMessage) -> Value {
+    let mut message = json!({"role": "assistant", "content": reply.content, "reasoning_content": reply.reasoning});
+    if !reply.calls.is_empty() {
+        let call = |call: &ToolCall| {
+            let arguments: Value = serde_json::from_str(&call.arguments).unwrap_or_default();
+            json!({"type": "function", "function": {"name": call.name, "arguments": arguments}})
+        };
+        message["tool_calls"] = reply.calls.iter().map(call).collect();
+    }
+    message
+}
+
+/// Prints a reply while it comes: reasoning dimmed and apart from what is said, calls as `name {arguments}` on lines of their own.
+struct Shown {
+    dim: bool,
+    message: ReplyMessage,
+    /// The last thing printed was reasoning.
+    thought: bool,
+}
+
+impl Shown {
+    fn take(&mut self, part: ReplyEvent) {
+        if self.thought && !matches!(part, ReplyEvent::Reasoning(_)) {
+            output::print("\n\n");
+            self.thought = false;
         }
+        match &part {
+            ReplyEvent::Reasoning(text) => {
+                self.thought = true;
+                output::print(&if self.dim { format!("\x1b[2m{text}\x1b[0m") } else { text.clone() });
+            }
+            ReplyEvent::Content(text) | ReplyEvent::CallArguments { json: text, .. } => output::print(text),
+            ReplyEvent::CallStart { index, name } => {
+                let apart = *index > 0 || !self.message.content.is_empty();
+                output::print(&format!("{}call {name} ", if apart { "\n" } else { "" }));
+            }
+            ReplyEvent::CallEnd { .. } => {}
+            ReplyEvent::CallDropped { .. } => output::print(" (not a complete call; as it was written:)\n"),
+        }
+        self.message.push(part);
     }
 }
