@@ -7,7 +7,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mach_format::gguf::{Gguf, MetaList, MetaValue, Metadata};
 use mach_format::{Checkpoint, FormatError};
@@ -220,28 +220,32 @@ pub(crate) fn has_gguf_weights(ck: &Checkpoint) -> bool {
     ck.text_config().get(CONVENTION).is_some_and(|v| v == GGUF)
 }
 
-/// The GGUF file that a path means: itself, or the only one (or the first part of the only split one) of a directory
-/// without a `config.json`.
-pub fn gguf_file(path: &Path) -> Option<std::path::PathBuf> {
-    let is_gguf = |p: &Path| p.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-    if path.is_file() {
-        return is_gguf(path).then(|| path.to_owned());
-    }
-    if path.join("config.json").exists() {
-        return None;
-    }
-    let files = std::fs::read_dir(path).ok()?.flatten().map(|e| e.path()).filter(|p| is_gguf(p) && p.is_file());
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) && path.is_file()
+}
+
+/// The GGUF models of a directory: its files, of split ones the first part, without vision towers.
+pub fn gguf_files(dir: &Path) -> Vec<PathBuf> {
     let later = |p: &Path| {
         let stem = p.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         stem.rsplit_once("-of-").and_then(|(rest, _)| rest.rsplit_once('-')).is_some_and(|(_, n)| n.len() == 5 && n != "00001")
     };
     // A vision tower lies beside its model under this name.
     let projector = |p: &Path| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("mmproj"));
-    let mut firsts = files.filter(|p| !later(p) && !projector(p));
-    match (firsts.next(), firsts.next()) {
-        (Some(only), None) => Some(only),
-        _ => None,
+    let files = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
+    files.filter(|p| is_gguf(p) && !later(p) && !projector(p)).collect()
+}
+
+/// The GGUF file that a path means: itself, or the only model of a directory without a `config.json`.
+pub fn gguf_file(path: &Path) -> Option<PathBuf> {
+    if path.is_file() {
+        return is_gguf(path).then(|| path.to_owned());
     }
+    if path.join("config.json").exists() {
+        return None;
+    }
+    let mut files = gguf_files(path);
+    if files.len() == 1 { files.pop() } else { None }
 }
 
 /// Opens a checkpoint directory, a GGUF file, or a directory with one GGUF file.

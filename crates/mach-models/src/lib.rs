@@ -16,7 +16,7 @@ mod workspace;
 
 pub use error::ModelError;
 pub use experts::open_experts;
-pub use gguf::{gguf_file, open_checkpoint};
+pub use gguf::{gguf_file, gguf_files, open_checkpoint};
 pub use layers::moe::{ForcedRoutes, RouteLog};
 pub use model::{Forward, Model, ModelOptions, Row, Want};
 pub use plan::{MemoryPlan, PlanOptions, ResidencyChoice};

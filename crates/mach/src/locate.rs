@@ -59,12 +59,17 @@ fn snapshot(repo: &Path) -> Option<PathBuf> {
     let snapshots = repo.join("snapshots");
     if let Ok(rev) = fs::read_to_string(repo.join("refs/main")) {
         let dir = snapshots.join(rev.trim());
-        if dir.join("config.json").exists() {
-            return Some(dir);
+        if let Some(model) = model_in(&dir) {
+            return Some(model);
         }
     }
     let found = fs::read_dir(snapshots).ok()?.flatten().map(|e| e.path());
-    found.filter(|d| d.join("config.json").exists()).max_by_key(|d| fs::metadata(d).and_then(|m| m.modified()).ok())
+    found.filter_map(|d| model_in(&d)).max_by_key(|m| fs::metadata(m).and_then(|m| m.modified()).ok())
+}
+
+/// A directory that is a checkpoint, or the one GGUF model that it holds.
+fn model_in(dir: &Path) -> Option<PathBuf> {
+    if dir.join("config.json").exists() { Some(dir.to_owned()) } else { mach_models::gguf_file(dir) }
 }
 
 fn builtin() -> Result<ModelPath, Error> {
@@ -80,7 +85,7 @@ fn builtin() -> Result<ModelPath, Error> {
     }
 }
 
-/// Checkpoints in the Hugging Face cache and in `models_dir`, those with a config, sorted by name.
+/// Checkpoints and GGUF files in the Hugging Face cache and in `models_dir`, sorted by name.
 pub fn installed(models_dir: Option<&Path>) -> Vec<ModelPath> {
     let mut found = Vec::new();
     for entry in fs::read_dir(hub_cache()).into_iter().flatten().flatten() {
@@ -92,6 +97,10 @@ pub fn installed(models_dir: Option<&Path>) -> Vec<ModelPath> {
     // One level of folders, and one of org/name below it.
     let mut look = |dir: &Path, prefix: &str| -> Vec<PathBuf> {
         let mut others = Vec::new();
+        for file in mach_models::gguf_files(dir) {
+            let name = format!("{prefix}{}", file.file_name().unwrap_or_default().to_string_lossy());
+            found.push(ModelPath { dir: file, name, builtin: false });
+        }
         for entry in fs::read_dir(dir).into_iter().flatten().flatten().filter(|e| e.path().is_dir()) {
             let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
             if entry.path().join("config.json").exists() {

@@ -173,6 +173,11 @@ fn discovery_commands() {
     let check = mach(&["check", "--json"]).json();
     assert_eq!((&check["verdict"], &check["artifacts"]["sidecar"]["valid"]), (&json!("fits"), &json!(true)));
     assert!(check["memory"]["resident"].as_u64().unwrap() > 1 << 20);
+    let goldens = tiny().join("../../crates/mach-models/tests/goldens");
+    let models = mach(&["models", "--models-dir", arg(&goldens), "--json"]).json();
+    let gguf = models.as_array().unwrap().iter().find(|m| m["name"] == "qwen3_5-base.gguf").unwrap();
+    assert_eq!((&gguf["model_type"], &gguf["supported"]), (&json!("qwen3_5_moe"), &json!(true)), "{models}");
+    assert!(gguf["bytes"].as_u64().unwrap() > 100_000);
     let models = mach(&["models", "--models-dir", arg(&tiny().join("..")), "--json"]).json();
     assert_eq!((&models[0]["name"], &models[0]["supported"], &models[0]["sidecar"]), (&json!("tiny"), &json!(true), &json!(true)));
     let prompt = mach(&["tokenize", "<|im_start|>hi", "--json"]).json();

@@ -37,6 +37,9 @@ pub struct Args {
     /// Read-ahead of all drives while the peers run, in KiB; put back afterwards.
     #[arg(long)]
     read_ahead_kb: Option<u32>,
+    /// Bits of mach's activations; its peers have 8
+    #[arg(long, default_value = "16", value_parser = ["8", "16"])]
+    activation_bits: String,
     /// Rounds; in each, every program runs once.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -89,7 +92,7 @@ pub fn compare(root: &Path, args: &Args) -> Result<()> {
     let model = model(&mach, args, &cache)?;
     let _read_ahead = args.read_ahead_kb.map(ReadAhead::set).transpose()?;
     let limit = args.memory_budget.map(MemoryLimit::new).transpose()?;
-    let run = Runner { mach: &mach, model: &model, limit: limit.as_ref(), budget: args.memory_budget };
+    let run = Runner { mach: &mach, model: &model, limit: limit.as_ref(), budget: args.memory_budget, activation_bits: &args.activation_bits };
 
     let mut report = Report::new(&model, limit.as_ref().map(MemoryLimit::kind));
     for name in &args.phases {
@@ -140,6 +143,7 @@ struct Runner<'a> {
     model: &'a Path,
     limit: Option<&'a MemoryLimit>,
     budget: Option<u64>,
+    activation_bits: &'a str,
 }
 
 impl Runner<'_> {
@@ -157,7 +161,8 @@ impl Runner<'_> {
             Phase::Decode(n) => ("decode", n),
             Phase::Prefill(n) => ("prefill", n),
         };
-        run.args(["bench", name, "--json", "--repeat", "1", "--tokens", &tokens.to_string(), "--model"]).arg(self.model);
+        run.args(["bench", name, "--json", "--repeat", "1", "--tokens", &tokens.to_string(), "--activation-bits", self.activation_bits, "--model"])
+            .arg(self.model);
         run.args(self.budget.iter().flat_map(|b| ["--memory-budget".to_owned(), b.to_string()]));
         report::mach_rate(&output(&mut run)?)
     }

@@ -8,6 +8,7 @@
 
 mod attention;
 mod math;
+mod plain;
 mod products;
 mod recurrence;
 mod rows;
@@ -32,7 +33,8 @@ mod vnni;
 use mach_format::PackedLayout;
 
 pub(crate) use attention::{MAX_HEADS, PARTIAL_HEADER, SegmentArgs};
-pub(crate) use products::{MAX_ROWS, PlainRows, QuantRows};
+pub(crate) use plain::PlainRows;
+pub(crate) use products::{MAX_ROWS, QuantRows};
 pub(crate) use recurrence::DeltaHead;
 pub(crate) use simd::LANES;
 
@@ -137,7 +139,7 @@ macro_rules! for_all_kernels {
             V products::quantise_row(to: &QuantRows, row: usize);
             K products::quant_tile(layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32);
             V products::dequantise_tile(layout: &PackedLayout, tile: *const u8, out: *mut f32);
-            V products::plain_tiles(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32);
+            V plain::plain_tiles(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32);
             V rows::rms_norm(x: *const f32, w: *const f32, n: usize, eps: f32, out: *mut f32);
             V rows::add(x: *mut f32, y: *const f32, n: usize);
             V rows::add_scaled(x: *mut f32, w: f32, y: *const f32, n: usize);

@@ -1,9 +1,8 @@
-//! Matrix products: 16 output rows of one packed tile times activation rows.
+//! Products of quantised weights: 16 output rows of one packed tile times activation rows.
 //!
 //! The order of float operations is fixed per output row and does not depend on the number of activation rows:
-//! * plain weights: two chains of fused multiply-adds, over even and over odd columns, added at the end;
-//! * quantised weights: blocks in column order, each `acc = fma(scale, xs·isum, acc)` and then
-//!   `acc = fma(bias, xs·xsum, acc)` with exact integers `isum` and `xsum`; last the outliers in column order.
+//! blocks in column order, each `acc = fma(scale, xs·isum, acc)` and then `acc = fma(bias, xs·xsum, acc)` with exact
+//! integers `isum` and `xsum`; last the outliers in column order.
 //!
 //! Quantised activations are 8-bit integers, or 16-bit ones `256·high + low` in two int8 planes, so that every kernel
 //! set's int8 instructions multiply them: a row goes through [`Kernel::dot`] once or twice.
@@ -22,7 +21,7 @@ pub(crate) const MAX_ROWS: usize = 64;
 
 /// Bytes that a streaming kernel asks for ahead of use: one row's arithmetic then covers the latency of memory (1.5 KiB
 /// gave three quarters of the speed).
-const PREFETCH: usize = 6144;
+pub(super) const PREFETCH: usize = 6144;
 
 /// Columns of a tile that stay in L1 together with some activation rows: as they are stored, and a byte for each number.
 const PANEL: usize = 2048;
@@ -35,13 +34,6 @@ const UNPACK_FROM: [usize; 2] = [4, 24];
 /// (at 128 times their blocks keep enough error to flip 0.3 % of the routes of such a model), while gated activations
 /// seldom are (at 16 times it were 3 to 7 columns in a thousand, which a row's product would feel).
 const OUTLIER: f32 = 32.0;
-
-/// Rows of f32 activations.
-#[derive(Clone, Copy)]
-pub(crate) struct PlainRows {
-    pub x: *const f32,
-    pub stride: usize,
-}
 
 /// Rows of activations quantised in blocks; see `ops::quant`.
 #[derive(Clone, Copy)]
@@ -521,113 +513,6 @@ pub(crate) unsafe fn dequantise_tile<V: Simd>(layout: &PackedLayout, tile: *cons
         let (scale, bias) = format.scales::<V>(block, within);
         for column in 0..format.group {
             V::store(out.add((first + column) * LANES), format.column::<V>(block, within + column, scale, bias));
-        }
-    }
-}
-
-/// `out[t][i][0..16]` = plain tile `t` of `tiles` × row `rows[i]`.
-///
-/// # Safety
-/// `data` has `tiles` tiles of `layout`, `rows` are rows of `acts`, `out` has 16 values for each tile and row.
-#[inline(always)]
-pub(crate) unsafe fn plain_tiles<V: Simd>(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32) {
-    match layout.format {
-        WeightFormat::F32 => plain_format::<V, 0>(layout, data, tiles, acts, rows, out),
-        WeightFormat::F16 => plain_format::<V, 1>(layout, data, tiles, acts, rows, out),
-        WeightFormat::BF16 => plain_format::<V, 2>(layout, data, tiles, acts, rows, out),
-        format => unreachable!("{format} weights are not plain"),
-    }
-}
-
-#[inline(always)]
-unsafe fn plain_format<V: Simd, const FORMAT: u8>(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32) {
-    let (bytes, per_tile) = (layout.tile_bytes(), rows.len() * LANES);
-    let mut t = 0;
-    while t < tiles {
-        let (tile, to) = (data.add(t * bytes), out.add(t * per_tile));
-        // One row alone has too few chains to hide the latency of a multiply-add: two tiles go together.
-        if rows.len() == 1 && t + 2 <= tiles {
-            plain_rows::<V, FORMAT, 2, 1>([tile, tile.add(bytes)], layout.cols, acts, rows, [to, to.add(per_tile)]);
-            t += 2;
-            continue;
-        }
-        let mut i = 0;
-        while i + 2 <= rows.len() {
-            plain_rows::<V, FORMAT, 1, 2>([tile], layout.cols, acts, &rows[i..], [to.add(i * LANES)]);
-            i += 2;
-        }
-        if i < rows.len() {
-            plain_rows::<V, FORMAT, 1, 1>([tile], layout.cols, acts, &rows[i..], [to.add(i * LANES)]);
-        }
-        t += 1;
-    }
-}
-
-#[inline(always)]
-unsafe fn plain_rows<V: Simd, const FORMAT: u8, const T: usize, const R: usize>(
-    tiles: [*const u8; T],
-    cols: usize,
-    acts: &PlainRows,
-    rows: &[u32],
-    out: [*mut f32; T],
-) {
-    let line = if FORMAT == 0 { 128 } else { 64 };
-    let mut acc = [[[V::splat(0.0); 2]; R]; T];
-    let mut x = [acts.x; R];
-    for r in 0..R {
-        x[r] = acts.x.add(rows[r] as usize * acts.stride);
-    }
-    for pair in 0..cols / 2 {
-        plain_step::<V, FORMAT, T, R>(&mut acc, tiles, pair * line, x.map(|x| (*x.add(pair * 2), *x.add(pair * 2 + 1))));
-    }
-    if cols % 2 == 1 {
-        let last = x.map(|x| *x.add(cols - 1));
-        let at = cols / 2 * line;
-        if FORMAT == 0 {
-            for t in 0..T {
-                let w = V::load(tiles[t].add(at).cast());
-                for r in 0..R {
-                    acc[t][r][0] = V::fma(w, V::splat(last[r]), acc[t][r][0]);
-                }
-            }
-        } else {
-            plain_step::<V, FORMAT, T, R>(&mut acc, tiles, at, last.map(|x| (x, 0.0)));
-        }
-    }
-    for t in 0..T {
-        for r in 0..R {
-            let sum = if FORMAT == 1 { V::f16_pair_sum(acc[t][r]) } else { V::add(acc[t][r][0], acc[t][r][1]) };
-            V::store(out[t].add(r * LANES), sum);
-        }
-    }
-}
-
-/// One pair of columns.
-#[inline(always)]
-unsafe fn plain_step<V: Simd, const FORMAT: u8, const T: usize, const R: usize>(
-    acc: &mut [[[V::F; 2]; R]; T],
-    tiles: [*const u8; T],
-    at: usize,
-    x: [(f32, f32); R],
-) {
-    for t in 0..T {
-        let line = tiles[t].add(at);
-        V::prefetch(line.wrapping_add(PREFETCH));
-        let w = match FORMAT {
-            0 => {
-                V::prefetch(line.wrapping_add(PREFETCH + 64));
-                [V::load(line.cast()), V::load(line.add(64).cast())]
-            }
-            1 => V::f16_pairs(line),
-            _ => {
-                let pairs = V::load_i(line.cast());
-                [V::from_bits(V::shl_i::<16>(pairs)), V::from_bits(V::and_i(pairs, V::splat_i(0xffff_0000_u32 as i32)))]
-            }
-        };
-        for r in 0..R {
-            let x = if FORMAT == 1 { V::f16_pair_x(x[r].0, x[r].1) } else { [V::splat(x[r].0), V::splat(x[r].1)] };
-            acc[t][r][0] = V::fma(w[0], x[0], acc[t][r][0]);
-            acc[t][r][1] = V::fma(w[1], x[1], acc[t][r][1]);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use mach_format::Checkpoint;
 use serde_json::{Value, json};
 
 use super::output;
@@ -9,7 +10,7 @@ use crate::{Error, ModelPath, installed};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Look here too: folders with a config.json, one or two levels deep
+    /// Look here too: folders with a config.json and GGUF files, one or two levels deep
     #[arg(long, value_name = "DIR", env = "MACH_MODELS_DIR")]
     models_dir: Option<PathBuf>,
     /// Print one JSON array
@@ -45,25 +46,28 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
 }
 
 fn describe(model: &ModelPath) -> Value {
-    let config: Option<Value> = std::fs::read(model.dir.join("config.json")).ok().and_then(|b| serde_json::from_slice(&b).ok());
+    let gguf = mach_models::gguf_file(&model.dir).and_then(|file| mach_models::open_checkpoint(&file).ok());
+    let config: Option<Value> = match &gguf {
+        Some(ck) => Some(ck.config().clone()),
+        None => std::fs::read(model.dir.join("config.json")).ok().and_then(|b| serde_json::from_slice(&b).ok()),
+    };
     let arch = config.as_ref().and_then(|c| mach_models::detect_arch(c).ok());
     let model_type = config.as_ref().and_then(|c| c.get("model_type")).cloned().unwrap_or(Value::Null);
+    let sidecar = gguf.as_ref().map_or_else(|| model.dir.join(mach_format::SIDECAR_DIR), Checkpoint::sidecar_dir);
+    let gguf_bytes = || gguf.as_ref().map_or(0, |ck| ck.weight_files().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum::<u64>());
     json!({
         "name": model.name,
         "path": model.dir,
         "model_type": model_type,
         "supported": arch.is_some(),
-        "bytes": weight_bytes(&model.dir),
-        "sidecar": model.dir.join(mach_format::SIDECAR_DIR).join("manifest.json").exists(),
+        "bytes": gguf_bytes() + bytes_of(&model.dir, ".safetensors") + bytes_of(&sidecar, ".experts"),
+        "sidecar": sidecar.join("manifest.json").exists(),
     })
 }
 
-/// Bytes of weight files, links followed.
-fn weight_bytes(dir: &std::path::Path) -> u64 {
-    let sum = |dir: &std::path::Path, ending: &str| -> u64 {
-        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        let files = entries.filter(|e| e.file_name().to_string_lossy().ends_with(ending));
-        files.filter_map(|e| std::fs::metadata(e.path()).ok()).map(|m| m.len()).sum()
-    };
-    sum(dir, ".safetensors") + sum(&dir.join(mach_format::SIDECAR_DIR), ".experts")
+/// Bytes of the files of a folder with this ending, links followed.
+fn bytes_of(dir: &std::path::Path, ending: &str) -> u64 {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let files = entries.filter(|e| e.file_name().to_string_lossy().ends_with(ending));
+    files.filter_map(|e| std::fs::metadata(e.path()).ok()).map(|m| m.len()).sum()
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mach_backend::{Backend, Reference};
+use mach_experts::AheadStats;
 use mach_models::RouteLog;
 
 use super::model::ModelArgs;
@@ -64,7 +65,7 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
     let Some(last) = starts.last() else { return Ok(()) };
     let (distinct, slots, kernels) = (Some(last.distinct), last.slots, last.kernels);
     let samples = starts.into_iter().map(|s| s.sample).collect();
-    let measured = Measured { samples, earlier: Default::default(), distinct, ceilings, slots, peak_rss, kernels };
+    let measured = Measured { samples, earlier: Default::default(), distinct, ceilings, ahead: AheadStats::default(), slots, peak_rss, kernels };
     Report { prepared: &prepared, work, measured }.print(args.json);
     Ok(())
 }

@@ -111,6 +111,7 @@ impl Report<'_> {
             "model": self.prepared.path.name, "mode": self.prepared.mode(), "slots": self.measured.slots, "experts": plan.experts, "resident_bytes": plan.resident,
             "tokens": self.work.tokens, "repeat": self.measured.samples.len(), "depth": self.work.depth, "budget": plan.budget,
             "hit_rates": {"before": before, "warm_up": warm_up, "run": self.hit_rate()}, "routing": self.work.routing.name(),
+            "guesses": {"read": self.measured.ahead.guessed, "used": self.measured.ahead.used}, "activation_bits": self.prepared.activation_bits(),
         });
         let mut more = |key: &str, value: Value| facts[key] = value;
         if let Some([sweep, computing]) = self.sweep() {
@@ -159,6 +160,11 @@ impl Report<'_> {
         if let Some(rate) = self.hit_rate() {
             let drive = format!("drive {:.2} GB/s, stalled {:.0} % of the time", number("disk_gb_s"), 100.0 * number("stall_share"));
             lines.push(("experts", format!("{} of {} in the bank, hit rate {:.1} %, {drive}", self.measured.slots, plan.experts, 100.0 * rate)));
+        }
+        let ahead = self.measured.ahead;
+        if ahead.guessed > 0 {
+            let share = 100.0 * ahead.used as f64 / ahead.guessed as f64;
+            lines.push(("guesses", format!("{} experts read before the router asked for them, {share:.0} % of them used", ahead.guessed)));
         }
         if let Some(distinct) = self.measured.distinct {
             lines.push(("distinct", format!("{distinct} of {} experts", plan.experts)));

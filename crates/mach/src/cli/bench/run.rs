@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use mach_backend::{Backend, Reference};
 use mach_cpu::Cpu;
 use mach_experts::trace::Phase as Mark;
-use mach_experts::{ExpertStats, Residency};
+use mach_experts::{AheadStats, ExpertStats, Residency};
 use mach_models::{Model, RouteLog, Row, Sequence, Want};
 
 use super::Routing;
@@ -68,6 +68,8 @@ pub(super) struct Measured {
     /// Distinct experts of a prompt, over all layers.
     pub distinct: Option<u64>,
     pub ceilings: Ceilings,
+    /// Guesses of the next layer's experts, from the start.
+    pub ahead: AheadStats,
     /// Slots of the bank at the end.
     pub slots: usize,
     pub peak_rss: Option<u64>,
@@ -277,9 +279,9 @@ fn measure_on<B: Backend>(prepared: &Prepared, backend: Arc<B>, work: &Work, int
         Phase::Prefill | Phase::Load => bench.first_prompt(work.tokens).map(|(distinct, stats)| (Some(distinct), stats))?,
     };
     let samples = bench.runs(work, &mark)?;
-    let (slots, peak_rss) = (bench.model.slots(), system::peak_rss());
+    let (ahead, slots, peak_rss) = (bench.model.ahead_stats(), bench.model.slots(), system::peak_rss());
     // The model is out of the way when the machine is measured again.
     drop(bench);
     let ceilings = better(&before, &ceilings(prepared, int8, work.probe)?);
-    Ok(Measured { samples, earlier: [depth, warm_up], distinct, ceilings, slots, peak_rss, kernels })
+    Ok(Measured { samples, earlier: [depth, warm_up], distinct, ceilings, ahead, slots, peak_rss, kernels })
 }
