@@ -2,7 +2,7 @@
 //! that everything after them is the same.
 //!
 //! Weights in such a file differ in three ways from those of the source: norms contain the `1 +`, decays are stored as
-//! `−exp(A_log)`, and the value heads of delta nets lie tiled. The configuration made here says so ([`CONVENTION`]), also
+//! `−exp(A_log)`, and the value heads of delta nets lie tiled. The configuration made here says so (`weight_convention`), also
 //! in a pack that is built from the file; heads are paired as they lie, because quantised columns cannot be put back.
 
 use std::cell::RefCell;
