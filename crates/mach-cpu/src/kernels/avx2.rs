@@ -283,9 +283,9 @@ impl Kernel for Avx2 {
         }
     }
 
-    /// Sums stay in i16 for as many products as fit: see `dot`.
+    /// Two products of 6 bits are added in i16: see `dot`.
     #[inline(always)]
-    unsafe fn dot_unpacked<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R]) -> [I; R] {
+    unsafe fn dot_unpacked<const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R]) -> [I; R] {
         let ones = _mm256_set1_epi16(1);
         let mut out = [[_mm256_setzero_si256(); 2]; R];
         for pair in 0..BLK / 8 {

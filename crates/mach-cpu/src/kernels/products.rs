@@ -311,25 +311,13 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
             i += if wide {
                 quant_wide::<K, PLANES, BITS, BLK>(format, tile, acts, rest, panel, to)
             } else if unpack && whole {
-                match rest.len() {
-                    1 => quant_rows::<K, 1, BITS, BLK, 1, WHOLE, true>(format, tile, &unpacked, acts, rest, panel, to),
-                    2 | 3 => quant_rows::<K, 1, BITS, BLK, 2, WHOLE, true>(format, tile, &unpacked, acts, rest, panel, to),
-                    _ => quant_rows::<K, 1, BITS, BLK, 4, WHOLE, true>(format, tile, &unpacked, acts, rest, panel, to),
-                }
-            } else if unpack && rest.len() * PLANES >= 4 {
-                quant_rows::<K, PLANES, BITS, BLK, 4, PLANE, true>(format, tile, &unpacked, acts, rest, panel, to)
+                next_rows::<K, 1, BITS, BLK, true, true>(format, tile, &unpacked, acts, rest, panel, to)
+            } else if unpack {
+                next_rows::<K, PLANES, BITS, BLK, false, true>(format, tile, &unpacked, acts, rest, panel, to)
             } else if whole && BITS == 8 {
-                match rest.len() {
-                    1 => quant_rows::<K, 1, BITS, BLK, 1, WHOLE, false>(format, tile, &unpacked, acts, rest, panel, to),
-                    2 | 3 => quant_rows::<K, 1, BITS, BLK, 2, WHOLE, false>(format, tile, &unpacked, acts, rest, panel, to),
-                    _ => quant_rows::<K, 1, BITS, BLK, 4, WHOLE, false>(format, tile, &unpacked, acts, rest, panel, to),
-                }
+                next_rows::<K, 1, BITS, BLK, true, false>(format, tile, &unpacked, acts, rest, panel, to)
             } else {
-                match rest.len() * PLANES {
-                    1 => quant_rows::<K, PLANES, BITS, BLK, 1, PLANE, false>(format, tile, &unpacked, acts, rest, panel, to),
-                    2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2, PLANE, false>(format, tile, &unpacked, acts, rest, panel, to),
-                    _ => quant_rows::<K, PLANES, BITS, BLK, 4, PLANE, false>(format, tile, &unpacked, acts, rest, panel, to),
-                }
+                next_rows::<K, PLANES, BITS, BLK, false, false>(format, tile, &unpacked, acts, rest, panel, to)
             };
         }
     }
@@ -368,13 +356,27 @@ unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Blocks, tile: *cons
     (block.add(within * LANES * BITS as usize / 8), block, within)
 }
 
-/// What [`quant_rows`] multiplies: planes, or integers of 16 bits (`PLANES` is then 1).
-const PLANE: u8 = 0;
-const WHOLE: u8 = 1;
-
-/// `P / PLANES` rows as `P` planes; weights from `unpacked`, which holds the panel, or as they are stored.
+/// The first of `rows`, as many as go together; returns their number.
 #[inline(always)]
-unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const P: usize, const MODE: u8, const UNPACKED: bool>(
+unsafe fn next_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const WHOLE: bool, const UNPACKED: bool>(
+    format: Blocks,
+    tile: *const u8,
+    unpacked: &Unpacked,
+    acts: &QuantRows,
+    rows: &[u32],
+    panel: std::ops::Range<usize>,
+    out: *mut f32,
+) -> usize {
+    match rows.len() * PLANES {
+        1 => quant_rows::<K, PLANES, BITS, BLK, 1, WHOLE, UNPACKED>(format, tile, unpacked, acts, rows, panel, out),
+        2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2, WHOLE, UNPACKED>(format, tile, unpacked, acts, rows, panel, out),
+        _ => quant_rows::<K, PLANES, BITS, BLK, 4, WHOLE, UNPACKED>(format, tile, unpacked, acts, rows, panel, out),
+    }
+}
+
+/// `P / PLANES` rows as `P` planes, or as integers of 16 bits where `WHOLE` (`PLANES` is then 1); weights from `unpacked`, which holds the panel, or as they are stored.
+#[inline(always)]
+unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const P: usize, const WHOLE: bool, const UNPACKED: bool>(
     format: Blocks,
     tile: *const u8,
     unpacked: &Unpacked,
@@ -409,14 +411,14 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
             }
             (scale, bias) = format.scales::<K::V>(block, within);
         }
-        let isum = if MODE == WHOLE {
+        let isum = if WHOLE {
             let mut x = [acts.whole; P];
             for r in 0..P {
                 x[r] = acts.whole.add(rows[r] as usize * acts.cols + j * BLK);
             }
             K::dot_i16::<BLK, P>(codes, x)
         } else if UNPACKED {
-            K::dot_unpacked::<BITS, BLK, P>(codes, x)
+            K::dot_unpacked::<BLK, P>(codes, x)
         } else {
             K::dot::<BITS, BLK, P>(codes, x, sums)
         };

@@ -119,12 +119,12 @@ pub(crate) trait Kernel: 'static {
     #[inline(always)]
     unsafe fn unpack<const BITS: u8, const BLK: usize>(_w: *const u8, _out: *mut u8) {}
 
-    /// [`Kernel::dot`] of what [`Kernel::unpack`] wrote.
+    /// [`Kernel::dot`] of what [`Kernel::unpack`] wrote, numbers of at most 6 bits.
     ///
     /// # Safety
     /// As [`Kernel::dot`]; only where the set unpacks.
     #[inline(always)]
-    unsafe fn dot_unpacked<const BITS: u8, const BLK: usize, const R: usize>(_w: *const u8, _x: [*const i8; R]) -> [<Self::V as Simd>::I; R] {
+    unsafe fn dot_unpacked<const BLK: usize, const R: usize>(_w: *const u8, _x: [*const i8; R]) -> [<Self::V as Simd>::I; R] {
         [Self::V::splat_i(0); R]
     }
 

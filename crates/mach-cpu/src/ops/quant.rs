@@ -44,7 +44,7 @@ impl QuantBuffer {
         let to = QuantRows {
             q: self.q.as_mut_ptr().cast(),
             planes,
-            whole: grown(&mut self.whole, rows * cols).as_mut_ptr(),
+            whole: grown(&mut self.whole, if planes == 2 { rows * cols } else { 0 }).as_mut_ptr(),
             cols,
             block,
             scale: grown(&mut self.scale, rows * blocks).as_mut_ptr(),

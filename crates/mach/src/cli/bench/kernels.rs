@@ -205,7 +205,7 @@ fn measure(
         let mut x = fast.tensor(ROWS[3], cols);
         fast.upload(&mut x, 0, &values[..ROWS[3] * cols]);
         let mut out = fast.tensor(ROWS[3], matrix.layout.rows);
-        let weights: Vec<_> = (1..copies).map(|_| fast.weight(matrix.clone())).chain([fast.weight(matrix.clone())]).collect();
+        let weights: Vec<_> = (0..copies).map(|_| fast.weight(matrix.clone())).collect();
         for rows in ROWS {
             let seconds = best(&fast, &weights, &x, rows, &mut out, time);
             let macs = macs * rows as f64;
