@@ -250,10 +250,9 @@ impl<B: Backend> Engine<B> {
 }
 
 fn add_expert_receipt(receipt: &mut Receipt, before: &ExpertStats, after: &ExpertStats) {
-    receipt.bytes_read = after.bytes_read - before.bytes_read;
-    receipt.hits = after.hits - before.hits;
-    receipt.misses = after.misses - before.misses;
-    receipt.stall_ms = (after.stall - before.stall).as_secs_f64() * 1e3;
+    let used = after.since(before);
+    (receipt.bytes_read, receipt.hits, receipt.misses) = (used.bytes_read, used.hits, used.misses);
+    receipt.stall_ms = used.stall.as_secs_f64() * 1e3;
 }
 
 fn ms(since: Instant) -> f64 {

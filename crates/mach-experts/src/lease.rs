@@ -104,7 +104,7 @@ impl<'a, M: ExpertMemory> Lease<'a, M> {
         self.manner != Manner::Step
     }
 
-    /// Whether a guess for the next layer may win time: experts are missing, slots are free, and guesses have been right.
+    /// Whether a guess for the next layer may win time: experts are read from the drive, slots are free, and guesses have been right.
     pub fn wants_guess(&mut self) -> bool {
         self.store.wants_guess()
     }

@@ -53,6 +53,20 @@ pub struct ExpertStats {
     pub stall: Duration,
 }
 
+impl ExpertStats {
+    /// What was counted since `earlier`.
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            hits: self.hits - earlier.hits,
+            misses: self.misses - earlier.misses,
+            evictions: self.evictions - earlier.evictions,
+            bytes_read: self.bytes_read - earlier.bytes_read,
+            errors: self.errors - earlier.errors,
+            stall: self.stall.saturating_sub(earlier.stall),
+        }
+    }
+}
+
 /// Rows from which nearly every expert of a layer is used: of 256 with 8 active, 128 rows use 98 %.
 pub const SWEEP_ROWS: usize = 128;
 /// One in so many slots of the bank serves a sweep as scratch. The drive reads ahead as far while mixers compute, and what

@@ -160,8 +160,8 @@ impl<B: Backend> Bench<B> {
             loop {
                 let was = self.model.expert_stats();
                 let done = self.model.step(&mut pass, &mut [&mut self.seq], log.as_deref_mut(), &|| false)?;
-                let is = self.model.expert_stats();
-                layers.push(LayerUse { hits: is.hits - was.hits, misses: is.misses - was.misses });
+                let used = self.model.expert_stats().since(&was);
+                layers.push(LayerUse { hits: used.hits, misses: used.misses });
                 if done {
                     break;
                 }
@@ -171,7 +171,7 @@ impl<B: Backend> Bench<B> {
             });
             self.seq.commit(ids.len());
         }
-        Ok(Sample { seconds: began.elapsed().as_secs_f64(), stats: since(&self.model.expert_stats(), &before), layers })
+        Ok(Sample { seconds: began.elapsed().as_secs_f64(), stats: self.model.expert_stats().since(&before), layers })
     }
 
     /// A run from where the sequence stands, as often as asked; each starts from the same state.
@@ -197,14 +197,13 @@ impl<B: Backend> Bench<B> {
 
     /// Single rows, each with its logits.
     fn decode(&mut self, tokens: usize) -> Result<Sample, Error> {
-        let mut all = Sample { seconds: 0.0, stats: ExpertStats::default(), layers: Vec::new() };
+        let (before, mut seconds, mut layers) = (self.model.expert_stats(), 0.0, Vec::new());
         for _ in 0..tokens {
             let one = self.feed(1, 1, true, None)?;
-            all.seconds += one.seconds;
-            add(&mut all.stats, &one.stats);
-            all.layers.extend(one.layers);
+            seconds += one.seconds;
+            layers.extend(one.layers);
         }
-        Ok(all)
+        Ok(Sample { seconds, stats: self.model.expert_stats().since(&before), layers })
     }
 
     /// Decodes until caches are warm: a few tokens, and until the bank is full where there is one that does not hold all.
@@ -223,7 +222,7 @@ impl<B: Backend> Bench<B> {
             self.feed(1, 1, true, None)?;
         }
         self.seq.restore(&backend, &start);
-        Ok(since(&self.model.expert_stats(), &before))
+        Ok(self.model.expert_stats().since(&before))
     }
 
     /// A prompt that is not timed; distinct experts over all layers, and its accesses.
@@ -236,29 +235,9 @@ impl<B: Backend> Bench<B> {
     }
 }
 
-fn since(now: &ExpertStats, then: &ExpertStats) -> ExpertStats {
-    ExpertStats {
-        hits: now.hits - then.hits,
-        misses: now.misses - then.misses,
-        evictions: now.evictions - then.evictions,
-        bytes_read: now.bytes_read - then.bytes_read,
-        errors: now.errors - then.errors,
-        stall: now.stall.saturating_sub(then.stall),
-    }
-}
-
 /// Distinct experts over all layers.
 pub(super) fn distinct(log: &RouteLog) -> u64 {
     log.layers.iter().map(|(ids, _)| ids.iter().collect::<HashSet<_>>().len() as u64).sum()
-}
-
-fn add(all: &mut ExpertStats, one: &ExpertStats) {
-    all.hits += one.hits;
-    all.misses += one.misses;
-    all.evictions += one.evictions;
-    all.bytes_read += one.bytes_read;
-    all.errors += one.errors;
-    all.stall += one.stall;
 }
 
 fn measure_on<B: Backend>(prepared: &Prepared, backend: Arc<B>, work: &Work, int8: Option<f64>, known: Option<&Ceilings>) -> Result<Measured, Error> {
