@@ -5,21 +5,18 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mach_experts::{DirectFile, ReadMode};
 use mach_format::{Sidecar, fingerprint, forget_pages};
 
-use crate::rates::Xorshift;
+use crate::rates::{READ_ALIGN, read_rate};
 use crate::{Error, Prepared};
 
 /// Reads under way that are tried.
 pub(crate) const DEPTHS: [usize; 5] = [1, 2, 4, 8, 16];
 /// Records of the largest read.
 const RECORDS: usize = 4;
-/// Alignment of direct reads: offsets, sizes and memory.
-const ALIGN: usize = 4096;
 
 /// One way of reading.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,7 +53,7 @@ impl Drive {
     pub fn open(prepared: &Prepared) -> Result<Option<Self>, Error> {
         let Some(source) = &prepared.source else { return Ok(None) };
         let checkpoint = prepared.files.checkpoint();
-        let gate_up = source.layout(0).part_bytes[0].next_multiple_of(ALIGN);
+        let gate_up = source.layout(0).part_bytes[0].next_multiple_of(READ_ALIGN);
         let (stride, files): (usize, Vec<(PathBuf, u64, usize)>) = if source.kind() == "sidecar" {
             let sidecar = Sidecar::open(&prepared.sidecar_dir(), &fingerprint(checkpoint)?)?;
             let stride = sidecar.layers().iter().map(|l| l.layout.stride()).max().unwrap_or(0);
@@ -64,7 +61,7 @@ impl Drive {
             (stride, files.collect())
         } else {
             // The tensors of a checkpoint do not lie in records: anywhere in its files.
-            let stride = source.part_bytes().iter().sum::<usize>().next_multiple_of(ALIGN);
+            let stride = source.part_bytes().iter().sum::<usize>().next_multiple_of(READ_ALIGN);
             let length = |path: &Path| std::fs::metadata(path).map_or(0, |m| m.len() as usize);
             (stride, checkpoint.weight_files().map(|p| (p.to_owned(), 0, length(p) / stride)).collect())
         };
@@ -91,34 +88,16 @@ impl Drive {
 
     /// Bytes per second at a point; `None` when a read fails.
     pub fn rate(&self, point: &Point, time: Duration) -> Option<f64> {
-        let (bytes, failed) = (AtomicU64::new(0), AtomicBool::new(false));
         let fitting: Vec<&Extent> = self.extents.iter().filter(|e| e.records * self.stride >= point.bytes).collect();
         if fitting.is_empty() {
             return None;
         }
-        let began = Instant::now();
-        let reader = |seed: usize| {
-            let mut memory = vec![0u8; point.bytes + ALIGN];
-            let start = memory.as_ptr().align_offset(ALIGN);
-            let buffer = &mut memory[start..start + point.bytes];
-            let mut random = Xorshift::new(seed as u64);
-            // At least one, however late a thread starts on a busy machine.
-            loop {
-                let extent = fitting[random.below(fitting.len())];
-                let last = extent.records - point.bytes.div_ceil(self.stride);
-                let offset = extent.start + (random.below(last + 1) * self.stride) as u64;
-                match read(extent, point.mode, offset, buffer) {
-                    Ok(()) => bytes.fetch_add(point.bytes as u64, Ordering::Relaxed),
-                    Err(_) => return failed.store(true, Ordering::Relaxed),
-                };
-                if began.elapsed() >= time {
-                    return;
-                }
-            }
-        };
-        std::thread::scope(|scope| (0..point.depth).for_each(|seed| drop(scope.spawn(move || reader(seed)))));
-        let seconds = began.elapsed().as_secs_f64();
-        (!failed.into_inner()).then(|| bytes.into_inner() as f64 / seconds.max(1e-9))
+        read_rate(point.depth, time, point.bytes, |random, buffer| {
+            let extent = fitting[random.below(fitting.len())];
+            let last = extent.records - point.bytes.div_ceil(self.stride);
+            let offset = extent.start + (random.below(last + 1) * self.stride) as u64;
+            read(extent, point.mode, offset, buffer).ok().map(|()| point.bytes as u64)
+        })
     }
 
     /// The ceiling: the best direct point, or the best buffered one where the file system knows no direct reads.

@@ -106,24 +106,40 @@ fn sum(data: &[Line]) -> u64 {
 /// Bytes per second of random records with `depth` reads under way; `None` when a read fails.
 pub(crate) fn disk_rate(source: &dyn RecordSource, depth: usize, time: Duration) -> Option<f64> {
     let [a, b] = source.part_bytes();
-    let (bytes, failed) = (AtomicU64::new(0), AtomicBool::new(false));
+    read_rate(depth, time, a + b, |random, memory| {
+        let (first, second) = memory.split_at_mut(a);
+        let key = Key { layer: random.below(source.layers()), expert: random.below(source.experts()) };
+        source.read(key, Part::Both, [first, second]).ok()
+    })
+}
+
+/// Alignment of memory and of offsets and sizes for reads past the page cache.
+pub(crate) const READ_ALIGN: usize = 4096;
+
+/// Bytes per second that `depth` threads read together. `read` makes one read into its thread's `bytes` of memory, and gives
+/// the bytes; `None` when one fails.
+pub(crate) fn read_rate(depth: usize, time: Duration, bytes: usize, read: impl Fn(&mut Xorshift, &mut [u8]) -> Option<u64> + Sync) -> Option<f64> {
+    let (total, failed) = (AtomicU64::new(0), AtomicBool::new(false));
     let began = Instant::now();
     let reader = |seed: usize| {
-        let mut memory = vec![0u8; a + b + 4096];
-        let start = memory.as_ptr().align_offset(4096);
-        let (first, second) = memory[start..start + a + b].split_at_mut(a);
-        let mut random = Xorshift::new(seed as u64 + 1);
-        while began.elapsed() < time {
-            let key = Key { layer: random.below(source.layers()), expert: random.below(source.experts()) };
-            match source.read(key, Part::Both, [&mut *first, &mut *second]) {
-                Ok(read) => bytes.fetch_add(read, Ordering::Relaxed),
-                Err(_) => return failed.store(true, Ordering::Relaxed),
+        let mut memory = vec![0u8; bytes + READ_ALIGN];
+        let start = memory.as_ptr().align_offset(READ_ALIGN);
+        let mut random = Xorshift::new(seed as u64);
+        // At least one, however late a thread starts on a busy machine.
+        loop {
+            match read(&mut random, &mut memory[start..start + bytes]) {
+                Some(read) => total.fetch_add(read, Ordering::Relaxed),
+                None => return failed.store(true, Ordering::Relaxed),
             };
+            if began.elapsed() >= time {
+                return;
+            }
         }
     };
+    let reader = &reader;
     std::thread::scope(|scope| (0..depth.max(1)).for_each(|seed| drop(scope.spawn(move || reader(seed)))));
     let seconds = began.elapsed().as_secs_f64();
-    (!failed.into_inner()).then(|| bytes.into_inner() as f64 / seconds.max(1e-9))
+    (!failed.into_inner()).then(|| total.into_inner() as f64 / seconds.max(1e-9))
 }
 
 /// A fast generator of numbers that only have to look random.
