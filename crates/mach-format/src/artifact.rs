@@ -258,7 +258,7 @@ pub fn write_pack(ck: &Checkpoint, out: &Path, plan: &PackPlan, progress: &mut d
     for name in COMPANIONS {
         let from = ck.dir().join(name);
         // What lies beside a GGUF file may belong to another model.
-        if from.is_file() && ck.vocabulary_bytes().is_none() {
+        if from.is_file() && !ck.is_gguf() {
             let data = fs::read(&from).map_err(FormatError::io("read", &from))?;
             write_atomic(&staging.join(name), &data)?;
         }

@@ -162,6 +162,11 @@ impl Checkpoint {
         self.gguf.as_ref().map_or(&self.dir, |gguf| &gguf.path)
     }
 
+    /// Whether it is a GGUF file.
+    pub fn is_gguf(&self) -> bool {
+        self.gguf.is_some()
+    }
+
     /// Bytes that the vocabulary in a GGUF file would take as a `tokenizer.json`; `None` for a directory.
     pub fn vocabulary_bytes(&self) -> Option<u64> {
         self.gguf.as_ref().map(|gguf| gguf.vocabulary_bytes)

@@ -55,10 +55,7 @@ impl TryFrom<String> for Fingerprint {
 /// A read error.
 pub fn fingerprint(ck: &Checkpoint) -> Result<Fingerprint, FormatError> {
     let path = ck.dir().join("config.json");
-    let config = match ck.vocabulary_bytes() {
-        Some(_) => ck.config().to_string().into_bytes(),
-        None => fs::read(&path).map_err(FormatError::io("read", &path))?,
-    };
+    let config = if ck.is_gguf() { ck.config().to_string().into_bytes() } else { fs::read(&path).map_err(FormatError::io("read", &path))? };
     let mut hasher = blake3::Hasher::new();
     let mut field = |bytes: &[u8]| {
         hasher.update(&(bytes.len() as u64).to_le_bytes());

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use mach_format::{BuildProgress, BuildReport, Checkpoint, SIDECAR_DIR, free_space, sidecar, write_pack, write_sidecar};
+use mach_format::{BuildProgress, BuildReport, SIDECAR_DIR, free_space, sidecar, write_pack, write_sidecar};
 use mach_models::{Resolved, open_checkpoint};
 use serde_json::json;
 
@@ -142,12 +142,13 @@ fn verify(args: &Target) -> Result<(), Error> {
     bar.finish_and_clear();
     let report = report?;
     // A sidecar beside a checkpoint must also be that checkpoint's own.
-    if let Some(model) = dir.parent().filter(|p| p.join("config.json").is_file()) {
-        mach_format::Sidecar::open(&dir, &mach_format::fingerprint(&Checkpoint::open(model)?)?)?;
-    }
     let gguf = dir.with_extension("gguf");
-    if dir.extension().is_some_and(|e| e == SIDECAR_DIR) && gguf.is_file() {
-        mach_format::Sidecar::open(&dir, &mach_format::fingerprint(&open_checkpoint(&gguf)?)?)?;
+    let beside = [
+        dir.parent().filter(|p| p.join("config.json").is_file()),
+        Some(gguf.as_path()).filter(|p| dir.extension().is_some_and(|e| e == SIDECAR_DIR) && p.is_file()),
+    ];
+    for model in beside.into_iter().flatten() {
+        mach_format::Sidecar::open(&dir, &mach_format::fingerprint(&open_checkpoint(model)?)?)?;
     }
     if args.json {
         output::json_line(&json!({"path": dir, "valid": true, "layers": report.layers, "records": report.records, "bytes": report.bytes}));
