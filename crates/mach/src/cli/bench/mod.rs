@@ -44,23 +44,14 @@ enum Command {
     Replay(replay::Args),
 }
 
-/// What is run, for the benches that compute tokens.
+/// On what, and how often, for the benches that compute tokens.
 #[derive(clap::Args)]
-struct RunArgs {
+struct Setup {
     #[command(flatten)]
     model: ModelArgs,
-    /// Tokens of one run [default: 32 in decode, 512 in prefill]
-    #[arg(long, value_name = "N", value_parser = positive)]
-    tokens: Option<usize>,
     /// Runs
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive)]
     repeat: usize,
-    /// Tokens that the sequence has before
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    depth: usize,
-    /// Tokens decoded before a decode is timed [default: 8, and until the bank is full, at most 256]
-    #[arg(long, value_name = "N")]
-    warm_up: Option<usize>,
     #[command(flatten)]
     routing: RoutingArgs,
     #[command(flatten)]
@@ -69,10 +60,27 @@ struct RunArgs {
     engine: EngineArgs,
 }
 
+/// What is run of a loaded model.
+#[derive(clap::Args)]
+struct RunArgs {
+    #[command(flatten)]
+    setup: Setup,
+    /// Tokens of one run [default: 32 in decode, 512 in prefill]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    tokens: Option<usize>,
+    /// Tokens that the sequence has before
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    depth: usize,
+    /// Tokens decoded before a decode is timed [default: 8, and until the bank is full, at most 256]
+    #[arg(long, value_name = "N")]
+    warm_up: Option<usize>,
+}
+
 impl RunArgs {
     fn work(&self, phase: Phase) -> Work {
         let tokens = self.tokens.unwrap_or(phase.default_tokens());
-        Work { phase, tokens, repeat: self.repeat, depth: self.depth, warm_up: self.warm_up, routing: self.routing.routing, probe: self.probe.time() }
+        let Setup { repeat, routing, probe, .. } = &self.setup;
+        Work { phase, tokens, repeat: *repeat, depth: self.depth, warm_up: self.warm_up, routing: routing.routing, probe: probe.time() }
     }
 }
 
@@ -155,8 +163,8 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
 /// One model, one phase.
 fn one(args: &OneArgs, phase: Phase) -> Result<(), Error> {
     let trace = args.trace.start()?;
-    let model = args.run.model.dir()?;
-    let prepared = EngineArgs::prepare_with(model.as_deref(), &LoadOptions { trace: trace.clone(), ..args.run.engine.options() })?;
+    let model = args.run.setup.model.dir()?;
+    let prepared = EngineArgs::prepare_with(model.as_deref(), &LoadOptions { trace: trace.clone(), ..args.run.setup.engine.options() })?;
     let work = args.run.work(phase);
     let measured = run::measure(&prepared, &work, None)?;
     trace.as_ref().map_or(Ok(()), Recorder::finish)?;

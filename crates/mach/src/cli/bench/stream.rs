@@ -27,8 +27,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Error> {
-    let model = args.run.model.dir()?;
-    let options = LoadOptions { streaming: Some(!args.run.engine.no_streaming), ..args.run.engine.options() };
+    let model = args.run.setup.model.dir()?;
+    let options = LoadOptions { streaming: Some(!args.run.setup.engine.no_streaming), ..args.run.setup.engine.options() };
     let work = args.run.work(Phase::Decode);
     let budgets = if args.budgets.is_empty() {
         let prepared = EngineArgs::prepare_with(model.as_deref(), &options)?;
