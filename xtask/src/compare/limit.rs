@@ -47,7 +47,9 @@ impl MemoryLimit {
             if !Path::new(base).is_dir() || fs::create_dir(&group).is_err() {
                 continue;
             }
-            if fs::write(group.join(file), bytes.to_string()).is_ok() {
+            // A folder that the kernel has not filled is one of an ordinary file system: nothing would be limited.
+            let filled = group.join("cgroup.procs").is_file() && group.join(file).is_file();
+            if filled && fs::write(group.join(file), bytes.to_string()).is_ok() {
                 // Swapping would be another way around the limit; not every kernel counts it.
                 let _ = fs::write(group.join("memory.swap.max"), "0");
                 return Ok(Self::Cgroup(group));
@@ -103,6 +105,19 @@ impl Drop for MemoryLimit {
 fn available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find(|l| l.starts_with("MemAvailable:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Takes a file out of the page cache: what is there already is charged to nobody's limit.
+#[cfg(target_os = "linux")]
+pub fn forget(path: &Path) -> Result<()> {
+    let file = fs::File::open(path).with_context(|| path.display().to_string())?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).with_context(|| format!("cannot take {} out of the page cache", path.display()))
+}
+
+/// There is no way to do it elsewhere.
+#[cfg(not(target_os = "linux"))]
+pub fn forget(_: &Path) -> Result<()> {
+    bail!("memory can be limited on Linux only")
 }
 
 /// Read-ahead of all drives; put back when dropped.

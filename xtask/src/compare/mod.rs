@@ -147,16 +147,19 @@ struct Runner<'a> {
 }
 
 impl Runner<'_> {
-    fn command(&self, program: &Path) -> Command {
-        match self.limit {
-            Some(limit) => limit.command(program),
+    fn command(&self, program: &Path) -> Result<Command> {
+        Ok(match self.limit {
+            Some(limit) => {
+                limit::forget(self.model)?;
+                limit.command(program)
+            }
             None => Command::new(program),
-        }
+        })
     }
 
     /// Tokens per second of one run of mach.
     fn mach(&self, phase: Phase) -> Result<f64> {
-        let mut run = self.command(self.mach);
+        let mut run = self.command(self.mach)?;
         let (name, tokens) = match phase {
             Phase::Decode(n) => ("decode", n),
             Phase::Prefill(n) => ("prefill", n),
@@ -169,9 +172,11 @@ impl Runner<'_> {
 
     /// Tokens per second of one run of a peer; `None` when it does not complete.
     fn peer(&self, peer: &Peer, setting: &Setting, phase: Phase) -> Option<f64> {
-        let mut run = self.command(peer.path());
-        run.args(peer.arguments(setting, self.model, phase));
-        match output(&mut run).and_then(|json| peer::rate(&json)) {
+        let rate = self.command(peer.path()).and_then(|mut run| {
+            run.args(peer.arguments(setting, self.model, phase));
+            peer::rate(&output(&mut run)?)
+        });
+        match rate {
             Ok(rate) => Some(rate),
             Err(error) => {
                 eprintln!("{} {setting}: {error:#}", peer.path().display());
