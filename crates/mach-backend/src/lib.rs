@@ -6,13 +6,17 @@
 //! Operations do not return errors: shapes are checked when a model is loaded, so a wrong shape here is a bug and
 //! an assertion. **A row's result never depends on the other rows of the call** (batch invariance).
 
+mod hyper;
+mod latent;
 pub mod reference;
 mod spec;
 
+pub use hyper::{HyperSpec, HyperWeights};
+pub use latent::{CompressSpec, EntrySpec, IndexRows, IndexSpec, LatentRows, LatentSegment, LatentSpec, LatentStores, LatentWeights, PoolRows, PoolWeights};
 pub use reference::Reference;
 pub use spec::{
     Activation, AttentionSpec, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, KV_BLOCK, KvSpec, KvType, MERGE_SEGMENT, Part, QkNormRope, RouterSpec,
-    Segment,
+    Segment, StateSpec,
 };
 
 use mach_format::{AlignedBytes, PackedLayout, PackedMatrix};
@@ -44,8 +48,10 @@ pub trait Backend: Send + Sync + 'static {
     type Memory: ExpertMemory;
     /// Paged keys and values of one attention layer, for all sequences.
     type Kv: Send + 'static;
-    /// Recurrent state (conv tail and delta-rule state) of one layer of one sequence.
+    /// What one layer of one sequence carries from token to token, see [`StateSpec`].
     type State: Send + 'static;
+    /// Paged entries of one layer with latent attention, for all sequences.
+    type Entries: Send + 'static;
     /// Router choices of a batch of rows.
     type Routes: Send + 'static;
 
@@ -76,8 +82,12 @@ pub trait Backend: Send + Sync + 'static {
     fn kv(&self, spec: KvSpec) -> Self::Kv;
     /// Makes block ids `0..blocks` usable. Never shrinks; content of existing blocks is kept.
     fn kv_grow(&self, kv: &mut Self::Kv, blocks: usize);
-    /// A zero recurrent state.
-    fn state(&self, spec: &GdnSpec) -> Self::State;
+    /// An empty store of entries.
+    fn entries(&self, spec: EntrySpec) -> Self::Entries;
+    /// Makes block ids `0..blocks` usable. Never shrinks; content of existing blocks is kept.
+    fn entries_grow(&self, entries: &mut Self::Entries, blocks: usize);
+    /// The state before the first token.
+    fn state(&self, spec: &StateSpec) -> Self::State;
     /// Copies `src` over `dst` (same spec).
     fn copy_state(&self, src: &Self::State, dst: &mut Self::State);
     /// An empty set of routes.
@@ -148,6 +158,46 @@ pub trait Backend: Send + Sync + 'static {
         down: &Self::Weight,
         gate: Option<&Self::Weight>,
         act: &mut Self::Tensor,
+        out: &mut Self::Tensor,
+    );
+    /// Several products of disjoint parts of the same rows: with `n` weights of `cols` columns each, `out[r]` is `W_g x[r][g·cols..]`
+    /// one after another.
+    fn linear_grouped(&self, x: &Self::Tensor, rows: usize, weights: &[Self::Weight], out: &mut Self::Tensor);
+    /// Latent attention: norms and rotates queries and tokens, makes entries of complete runs, chooses among them where there is an
+    /// index, attends with sinks, and rotates the output `[rows, heads·dim]` back. A row's keys are its window in order of position,
+    /// then its entries in order.
+    fn latent_attention(
+        &self,
+        spec: &LatentSpec,
+        w: &LatentWeights<'_, Self::Tensor>,
+        rows: LatentRows<'_, Self::Tensor>,
+        segments: &mut [LatentSegment<'_, Self::State>],
+        stores: LatentStores<'_, Self::Entries>,
+        out: &mut Self::Tensor,
+    );
+    /// What a block reads of the streams `x` `[.., streams·hidden]`, to `h` `[rows, hidden]`, and how it writes back, to `mix`
+    /// `[rows, streams·(1 + streams)]`: a factor for each stream, then the mixing matrix, old stream by old stream.
+    #[allow(clippy::too_many_arguments)]
+    fn hyper_mix(
+        &self,
+        spec: &HyperSpec,
+        w: &HyperWeights<'_, Self::Tensor, Self::Weight>,
+        x: &Self::Tensor,
+        x_row: usize,
+        rows: usize,
+        h: &mut Self::Tensor,
+        mix: &mut Self::Tensor,
+    );
+    /// Writes a block's output `y` to the streams: stream `i` becomes `factor_i · y + Σ_j matrix[j, i] · stream_j`.
+    fn hyper_add(&self, spec: &HyperSpec, x: &mut Self::Tensor, x_row: usize, rows: usize, y: &Self::Tensor, mix: &Self::Tensor);
+    /// What the head reads of the streams.
+    fn hyper_head(
+        &self,
+        spec: &HyperSpec,
+        w: &HyperWeights<'_, Self::Tensor, Self::Weight>,
+        x: &Self::Tensor,
+        x_row: usize,
+        rows: usize,
         out: &mut Self::Tensor,
     );
 }

@@ -1,12 +1,17 @@
 //! The plain f32 backend: slow, obvious, the oracle of every kernel test. Never quantises activations, keeps its
 //! values where no model code can reach them, and so proves that the trait hides host pointers.
 
+mod hyper;
+mod latent;
+
 use std::sync::{PoisonError, RwLock};
 
 use mach_format::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
 
 use crate::spec::*;
-use crate::{Backend, ExpertMemory};
+use crate::{Backend, EntrySpec, ExpertMemory, HyperSpec, HyperWeights, LatentRows, LatentSegment, LatentSpec, LatentStores, LatentWeights};
+
+pub use latent::{Entries, LatentState};
 
 /// The backend. It has no state.
 #[derive(Clone, Copy, Debug, Default)]
@@ -144,9 +149,18 @@ impl Kv {
     }
 }
 
+/// What a layer carries from token to token.
+#[derive(Clone)]
+pub enum State {
+    /// Of a gated delta net.
+    Gdn(GdnState),
+    /// Of latent attention.
+    Latent(LatentState),
+}
+
 /// Conv tail (rows of all channels, oldest first) and `[v_head][k_dim][v_dim]`.
 #[derive(Clone)]
-pub struct State {
+pub struct GdnState {
     tail: Vec<f32>,
     s: Vec<f32>,
 }
@@ -156,6 +170,14 @@ pub struct State {
 pub struct Routes {
     ids: Vec<u32>,
     weights: Vec<f32>,
+}
+
+/// The value that a store of this type gives back.
+fn round(ty: KvType, x: f32) -> f32 {
+    match ty {
+        KvType::F16 => half::f16::from_f32(x).to_f32(),
+        KvType::F32 => x,
+    }
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -199,6 +221,7 @@ impl Backend for Reference {
     type Memory = Memory;
     type Kv = Kv;
     type State = State;
+    type Entries = Entries;
     type Routes = Routes;
 
     fn name(&self) -> &'static str {
@@ -254,8 +277,19 @@ impl Backend for Reference {
         }
     }
 
-    fn state(&self, spec: &GdnSpec) -> State {
-        State { tail: vec![0.0; (spec.kernel - 1) * spec.channels()], s: vec![0.0; spec.v_heads * spec.k_dim * spec.v_dim] }
+    fn entries(&self, spec: EntrySpec) -> Entries {
+        Entries::new(spec)
+    }
+
+    fn entries_grow(&self, entries: &mut Entries, blocks: usize) {
+        entries.grow(blocks);
+    }
+
+    fn state(&self, spec: &StateSpec) -> State {
+        match spec {
+            StateSpec::Gdn(g) => State::Gdn(GdnState { tail: vec![0.0; (g.kernel - 1) * g.channels()], s: vec![0.0; g.v_heads * g.k_dim * g.v_dim] }),
+            StateSpec::Latent(_) => State::Latent(LatentState::default()),
+        }
     }
 
     fn copy_state(&self, src: &State, dst: &mut State) {
@@ -302,10 +336,7 @@ impl Backend for Reference {
     ) {
         let d = spec.head_dim;
         let q_stride = if spec.gate { 2 * d } else { d };
-        let round = |x: f32| match kv.spec.ty {
-            KvType::F16 => half::f16::from_f32(x).to_f32(),
-            KvType::F32 => x,
-        };
+        let ty = kv.spec.ty;
         for s in segments {
             for r in s.row..s.row + s.rows {
                 let cos_sin = prep.rope.row(r);
@@ -320,8 +351,8 @@ impl Backend for Reference {
                 let pos = s.pos + r - s.row;
                 let at = pos % KV_BLOCK * spec.kv_heads * d;
                 let [keys, values] = &mut kv.blocks[s.blocks[pos / KV_BLOCK] as usize];
-                keys[at..].iter_mut().zip(k.row(r)).for_each(|(o, &x)| *o = round(x));
-                values[at..].iter_mut().zip(v.row(r)).for_each(|(o, &x)| *o = round(x));
+                keys[at..].iter_mut().zip(k.row(r)).for_each(|(o, &x)| *o = round(ty, x));
+                values[at..].iter_mut().zip(v.row(r)).for_each(|(o, &x)| *o = round(ty, x));
             }
         }
     }
@@ -366,12 +397,12 @@ impl Backend for Reference {
     ) {
         let (dk, dv, channels) = (spec.k_dim, spec.v_dim, spec.channels());
         for seg in segments {
+            let State::Gdn(state) = &mut *seg.state else { panic!("the state of another layer") };
             for r in seg.row..seg.row + seg.rows {
                 // Causal conv over the tail and the current row, then silu.
-                seg.state.tail.extend_from_slice(qkv.row(r));
-                let mixed: Vec<f32> =
-                    (0..channels).map(|c| silu((0..spec.kernel).map(|j| w.conv.row(j)[c] * seg.state.tail[j * channels + c]).sum())).collect();
-                seg.state.tail.drain(..channels);
+                state.tail.extend_from_slice(qkv.row(r));
+                let mixed: Vec<f32> = (0..channels).map(|c| silu((0..spec.kernel).map(|j| w.conv.row(j)[c] * state.tail[j * channels + c]).sum())).collect();
+                state.tail.drain(..channels);
                 let l2 = |x: &[f32]| {
                     let inv = 1.0 / (dot(x, x) + 1e-6).sqrt();
                     x.iter().map(|x| x * inv).collect::<Vec<_>>()
@@ -383,7 +414,7 @@ impl Backend for Reference {
                     let v = &mixed[2 * spec.k_heads * dk + h * dv..][..dv];
                     let beta = sigmoid(b.row(r)[h]);
                     let decay = (w.neg_exp_a.row(0)[h] * softplus(a.row(r)[h] + w.dt_bias.row(0)[h])).exp();
-                    let s = &mut seg.state.s[h * dk * dv..(h + 1) * dk * dv];
+                    let s = &mut state.s[h * dk * dv..(h + 1) * dk * dv];
                     s.iter_mut().for_each(|s| *s *= decay);
                     let mut o = vec![0.0; dv];
                     for (c, o) in o.iter_mut().enumerate() {
@@ -480,5 +511,37 @@ impl Backend for Reference {
             let y = down.apply(act.row(r));
             out.row_mut(r).iter_mut().zip(y).for_each(|(o, y)| *o = g.mul_add(y, *o));
         }
+    }
+
+    fn linear_grouped(&self, x: &Tensor, rows: usize, weights: &[Weight], out: &mut Tensor) {
+        for r in 0..rows {
+            let parts = weights.iter().zip(x.row(r).chunks_exact(x.cols / weights.len()));
+            let y: Vec<f32> = parts.flat_map(|(w, x)| w.apply(x)).collect();
+            out.row_mut(r).copy_from_slice(&y);
+        }
+    }
+
+    fn latent_attention(
+        &self,
+        spec: &LatentSpec,
+        w: &LatentWeights<'_, Tensor>,
+        mut rows: LatentRows<'_, Tensor>,
+        segments: &mut [LatentSegment<'_, State>],
+        mut stores: LatentStores<'_, Entries>,
+        out: &mut Tensor,
+    ) {
+        latent::attention(spec, w, &mut rows, segments, &mut stores, out);
+    }
+
+    fn hyper_mix(&self, spec: &HyperSpec, w: &HyperWeights<'_, Tensor, Weight>, x: &Tensor, x_row: usize, rows: usize, h: &mut Tensor, mix: &mut Tensor) {
+        hyper::mix(spec, w, x, x_row, rows, h, mix);
+    }
+
+    fn hyper_add(&self, spec: &HyperSpec, x: &mut Tensor, x_row: usize, rows: usize, y: &Tensor, mix: &Tensor) {
+        hyper::add(spec, x, x_row, rows, y, mix);
+    }
+
+    fn hyper_head(&self, spec: &HyperSpec, w: &HyperWeights<'_, Tensor, Weight>, x: &Tensor, x_row: usize, rows: usize, out: &mut Tensor) {
+        hyper::head(spec, w, x, x_row, rows, out);
     }
 }

@@ -2,6 +2,8 @@
 
 use mach_format::{GateUpLayout, PackedLayout};
 
+use crate::latent::LatentSpec;
+
 /// Positions per KV block.
 pub const KV_BLOCK: usize = 32;
 /// Keys per partial attention result, counted from absolute position 0.
@@ -121,6 +123,25 @@ impl GdnSpec {
     /// Bytes of one layer's state in f32.
     pub const fn state_bytes(&self) -> usize {
         4 * (self.v_heads * self.k_dim * self.v_dim + (self.kernel - 1) * self.channels())
+    }
+}
+
+/// What a layer carries from token to token besides paged keys.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum StateSpec {
+    /// Conv tail and matrix of a gated delta net.
+    Gdn(GdnSpec),
+    /// Window and open runs of latent attention.
+    Latent(LatentSpec),
+}
+
+impl StateSpec {
+    /// Bytes of one sequence's state in one layer.
+    pub const fn bytes(&self) -> usize {
+        match self {
+            Self::Gdn(g) => g.state_bytes(),
+            Self::Latent(l) => l.state_bytes(),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ mod common;
 use std::time::Instant;
 
 use common::{Rng, cpu, tensor};
-use mach_backend::{AttentionSpec, Backend, GdnSegment, GdnSpec, GdnWeights, KvSpec, KvType, QkNormRope, Segment};
+use mach_backend::{AttentionSpec, Backend, GdnSegment, GdnSpec, GdnWeights, KvSpec, KvType, QkNormRope, Segment, StateSpec};
 use mach_cpu::{Cpu, KernelSet};
 
 fn main() {
@@ -35,7 +35,7 @@ fn mixers(cpu: &Cpu) {
     let w = GdnWeights { conv: &conv, neg_exp_a: &neg_exp_a, dt_bias: &dt_bias, norm: &norm };
     for rows in [1, 512] {
         let (qkv, z, b, a) = (random(rows, spec.channels()), random(rows, 4096), random(rows, 32), random(rows, 32));
-        let (mut state, mut out) = (cpu.state(&spec), cpu.tensor(rows, 4096));
+        let (mut state, mut out) = (cpu.state(&StateSpec::Gdn(spec)), cpu.tensor(rows, 4096));
         let ms = best(|| cpu.gdn(&spec, &w, &qkv, &z, &b, &a, &mut [GdnSegment { row: 0, rows, state: &mut state }], &mut out));
         println!("{:<10} {:>7} recurrence, {rows} rows: {ms:.3} ms", cpu.kernel_set().name(), cpu.threads());
     }

@@ -50,6 +50,12 @@ impl Kv {
         }
     }
 
+    /// Takes over the content of a store of the same shape.
+    pub(crate) fn copy_from(&mut self, src: &Self) {
+        assert!(self.spec == src.spec && self.blocks.len() == src.blocks.len(), "stores of two shapes");
+        self.blocks.iter_mut().zip(&src.blocks).for_each(|(to, from)| to.copy_from_slice(from));
+    }
+
     /// First byte of a head's keys in a block; its values follow `shape().keys` elements later.
     pub(crate) fn head(&self, block: u32, head: usize) -> *mut u8 {
         let Some(&base) = self.base.get(block as usize) else { panic!("KV block {block} of {}", self.blocks.len()) };

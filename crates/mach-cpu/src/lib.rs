@@ -5,6 +5,7 @@
 //! virtual lanes, one tree, our own `exp`), integer sums are exact, and threads never share a reduction.
 #![allow(unsafe_code)] // Kernels, bank memory and the pool; every block says why it is sound.
 
+mod entries;
 mod kernels;
 mod kv;
 mod memory;
@@ -15,13 +16,19 @@ mod tensor;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use mach_backend::{Activation, AttentionSpec, Backend, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, KvSpec, QkNormRope, RouterSpec, Segment};
+use mach_backend::{
+    Activation, AttentionSpec, Backend, EntrySpec, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, HyperSpec, HyperWeights, KvSpec, LatentRows,
+    LatentSegment, LatentSpec, LatentStores, LatentWeights, QkNormRope, RouterSpec, Segment, StateSpec,
+};
 use mach_format::{AlignedBytes, PackedLayout, PackedMatrix};
 
+pub use entries::Entries;
 pub use kernels::KernelSet;
 pub use kv::Kv;
 pub use memory::Bank;
-pub use ops::gdn::State;
+pub use ops::State;
+pub use ops::gdn::GdnState;
+pub use ops::latent::LatentState;
 pub use ops::linear::{GateUp, Weight};
 pub use ops::router::Routes;
 pub use peak::{peak_gflops, peak_gops};
@@ -162,6 +169,7 @@ impl Backend for Cpu {
     type Memory = Bank;
     type Kv = Kv;
     type State = State;
+    type Entries = Entries;
     type Routes = Routes;
 
     fn name(&self) -> &'static str {
@@ -215,7 +223,15 @@ impl Backend for Cpu {
         kv.grow(blocks);
     }
 
-    fn state(&self, spec: &GdnSpec) -> State {
+    fn entries(&self, spec: EntrySpec) -> Entries {
+        Entries::new(spec)
+    }
+
+    fn entries_grow(&self, entries: &mut Entries, blocks: usize) {
+        entries.grow(blocks);
+    }
+
+    fn state(&self, spec: &StateSpec) -> State {
         State::new(spec)
     }
 
@@ -307,6 +323,34 @@ impl Backend for Cpu {
         out: &mut Tensor,
     ) {
         ops::linear::ffn_add(self.cx(), &mut self.scratch(), activation, x, rows, gate_up, down, gate, act, out);
+    }
+
+    fn linear_grouped(&self, x: &Tensor, rows: usize, weights: &[Weight], out: &mut Tensor) {
+        ops::linear::linear_grouped(self.cx(), &mut self.scratch(), x, rows, weights, out);
+    }
+
+    fn latent_attention(
+        &self,
+        spec: &LatentSpec,
+        w: &LatentWeights<'_, Tensor>,
+        rows: LatentRows<'_, Tensor>,
+        segments: &mut [LatentSegment<'_, State>],
+        stores: LatentStores<'_, Entries>,
+        out: &mut Tensor,
+    ) {
+        ops::latent::latent_attention(self.cx(), &mut self.scratch(), spec, w, rows, segments, stores, out);
+    }
+
+    fn hyper_mix(&self, spec: &HyperSpec, w: &HyperWeights<'_, Tensor, Weight>, x: &Tensor, x_row: usize, rows: usize, h: &mut Tensor, mix: &mut Tensor) {
+        ops::hyper::mix(self.cx(), &mut self.scratch(), spec, w, x, x_row, rows, h, mix);
+    }
+
+    fn hyper_add(&self, spec: &HyperSpec, x: &mut Tensor, x_row: usize, rows: usize, y: &Tensor, mix: &Tensor) {
+        ops::hyper::add(self.cx(), spec, x, x_row, rows, y, mix);
+    }
+
+    fn hyper_head(&self, spec: &HyperSpec, w: &HyperWeights<'_, Tensor, Weight>, x: &Tensor, x_row: usize, rows: usize, out: &mut Tensor) {
+        ops::hyper::head(self.cx(), &mut self.scratch(), spec, w, x, x_row, rows, out);
     }
 }
 

@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 use mach_backend::reference::Reference;
-use mach_backend::{Backend, GdnSegment, GdnSpec, GdnWeights};
+use mach_backend::{Backend, GdnSegment, GdnSpec, GdnWeights, StateSpec};
 use mach_cpu::KernelSet;
 
 const SPECS: [GdnSpec; 5] = [
@@ -49,7 +49,7 @@ fn run<B: Backend>(backend: &B, spec: &GdnSpec, x: &Inputs, chunk: usize, copies
     let (conv, norm) = (tensor(backend, spec.channels(), &x.conv), tensor(backend, spec.v_dim, &x.norm));
     let (neg_exp_a, dt_bias) = (tensor(backend, spec.v_heads, &x.neg_exp_a), tensor(backend, spec.v_heads, &x.dt_bias));
     let w = GdnWeights { conv: &conv, neg_exp_a: &neg_exp_a, dt_bias: &dt_bias, norm: &norm };
-    let mut states: Vec<_> = (0..copies).map(|_| backend.state(spec)).collect();
+    let mut states: Vec<_> = (0..copies).map(|_| backend.state(&StateSpec::Gdn(*spec))).collect();
     let mut results = vec![Vec::new(); copies];
     for pos in (0..TOKENS).step_by(chunk) {
         let rows = chunk.min(TOKENS - pos);
@@ -106,7 +106,7 @@ fn a_copied_state_continues_alike() {
         cpu.gdn(&spec, &w, &row(&x.qkv, spec.channels()), &row(&x.z, width), &b, &a, &mut segments, &mut out);
         values(&cpu, &out, width)
     };
-    let (mut one, mut two) = (cpu.state(&spec), cpu.state(&spec));
+    let (mut one, mut two) = (cpu.state(&StateSpec::Gdn(spec)), cpu.state(&StateSpec::Gdn(spec)));
     step(&mut one);
     cpu.copy_state(&one, &mut two);
     let next = step(&mut one);

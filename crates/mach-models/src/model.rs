@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use mach_backend::{Backend, GdnSegment, KV_BLOCK, Segment};
+use mach_backend::{Backend, GdnSegment, KV_BLOCK, Segment, StateSpec};
 use mach_experts::trace::Recorder;
 use mach_experts::{AheadStats, ExpertError, ExpertStats, ExpertStore, RecordSource, Residency, StoreOptions};
 use mach_format::Matrix;
@@ -279,7 +279,7 @@ impl<B: Backend> Model<B> {
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence<B> {
         let specs = self.spec.layers.iter().map(|l| match &l.mixer {
-            MixerSpec::Gdn(g) => Some(*g),
+            MixerSpec::Gdn(g) => Some(StateSpec::Gdn(*g)),
             MixerSpec::Attention(_) => None,
         });
         Sequence::new(&self.backend, specs.collect())

@@ -1,6 +1,6 @@
 //! The state of one sequence: its block table and recurrent states, with undo and snapshots.
 
-use mach_backend::{Backend, GdnSpec};
+use mach_backend::{Backend, StateSpec};
 
 /// Everything that a sequence needs to go on. KV blocks belong to the model's pool: give a sequence back with
 /// [`Model::release`](crate::Model::release).
@@ -9,7 +9,7 @@ pub struct Sequence<B: Backend> {
     pub(crate) blocks: Vec<u32>,
     /// Recurrent state per layer (`None` for attention layers).
     pub(crate) states: Vec<Option<B::State>>,
-    specs: Vec<Option<GdnSpec>>,
+    specs: Vec<Option<StateSpec>>,
     len: usize,
     mark: Option<Mark<B>>,
     /// Rows were computed that are neither committed nor taken back.
@@ -29,7 +29,7 @@ pub struct Snapshot<B: Backend> {
 }
 
 impl<B: Backend> Sequence<B> {
-    pub(crate) fn new(backend: &B, specs: Vec<Option<GdnSpec>>) -> Self {
+    pub(crate) fn new(backend: &B, specs: Vec<Option<StateSpec>>) -> Self {
         let states = specs.iter().map(|s| s.as_ref().map(|s| backend.state(s))).collect();
         Self { blocks: Vec::new(), states, specs, len: 0, mark: None, pending: false }
     }
@@ -96,7 +96,7 @@ impl<B: Backend> Sequence<B> {
     }
 
     fn copy_states(&self, backend: &B) -> Vec<Option<B::State>> {
-        let copy = |(spec, src): (&Option<GdnSpec>, &Option<B::State>)| {
+        let copy = |(spec, src): (&Option<StateSpec>, &Option<B::State>)| {
             let (spec, src) = (spec.as_ref()?, src.as_ref()?);
             let mut dst = backend.state(spec);
             backend.copy_state(src, &mut dst);

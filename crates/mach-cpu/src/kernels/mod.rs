@@ -7,6 +7,7 @@
 #![allow(clippy::needless_range_loop)] // Indexed loops over small arrays are what unrolls into registers.
 
 mod attention;
+mod latent;
 mod math;
 mod plain;
 mod products;
@@ -33,6 +34,7 @@ mod vnni;
 use mach_format::PackedLayout;
 
 pub(crate) use attention::{MAX_HEADS, PARTIAL_HEADER, SegmentArgs};
+pub(crate) use latent::MAX_STREAMS;
 pub(crate) use plain::PlainRows;
 pub(crate) use products::{MAX_ROWS, QuantRows};
 pub(crate) use recurrence::DeltaHead;
@@ -152,6 +154,10 @@ macro_rules! for_all_kernels {
             V rows::gates(a: *const f32, b: *const f32, neg_exp_a: *const f32, dt_bias: *const f32, n: usize, decay: *mut f32, beta: *mut f32);
             V rows::gated_norm(out: *mut f32, w: *const f32, z: *const f32, n: usize, eps: f32);
             V recurrence::delta_head(head: &DeltaHead);
+            V latent::pool(keys: &[*const f32], gates: &[*const f32], n: usize, out: *mut f32);
+            V latent::index_scores(q: *const f32, w: *const f32, heads: usize, dim: usize, keys: *const f32, out: *mut f32);
+            V latent::inverse_rms(x: *const f32, n: usize, eps: f32, out: *mut f32);
+            V latent::hyper_add(x: *mut f32, streams: usize, n: usize, y: *const f32, mix: *const f32);
             V attention::segment(args: &SegmentArgs);
             V attention::merge(into: *mut f32, from: *const f32, head_dim: usize);
             V attention::finish(partial: *const f32, gate: *const f32, head_dim: usize, out: *mut f32);

@@ -3,7 +3,7 @@
 use mach_backend::{GdnSegment, GdnSpec, GdnWeights};
 
 use super::linear::Scratch;
-use super::{Context, Shared, grown};
+use super::{Context, Shared, State, grown};
 use crate::kernels::{DeltaHead, LANES};
 use crate::tensor::Tensor;
 
@@ -11,8 +11,7 @@ use crate::tensor::Tensor;
 const MAX_TAPS: usize = 16;
 
 /// Recurrent state of one layer of one sequence.
-#[derive(Clone)]
-pub struct State {
+pub struct GdnState {
     /// The last `kernel − 1` rows before the conv, `[kernel − 1][channels]`, oldest first.
     tail: Vec<f32>,
     /// Per value head: blocks of [`columns`] state columns, each `[k_dim][columns]`, so that a block stays in L1 while
@@ -30,7 +29,7 @@ fn head_values(spec: &GdnSpec) -> usize {
     spec.k_dim * spec.v_dim.next_multiple_of(LANES)
 }
 
-impl State {
+impl GdnState {
     pub(crate) fn new(spec: &GdnSpec) -> Self {
         Self { tail: vec![0.0; (spec.kernel - 1) * spec.channels()], s: Tensor::zeroed(spec.v_heads, head_values(spec)) }
     }
@@ -77,11 +76,12 @@ pub(crate) fn gdn(
     let parts: Vec<Part> = segments
         .iter_mut()
         .map(|s| {
+            let State::Gdn(state) = &mut *s.state else { panic!("the state of another layer") };
             assert!(
-                s.state.tail.len() == (taps - 1) * channels && s.state.s.rows() == spec.v_heads && s.state.s.cols() == head_values(spec),
+                state.tail.len() == (taps - 1) * channels && state.s.rows() == spec.v_heads && state.s.cols() == head_values(spec),
                 "state of another shape"
             );
-            Part { row: s.row, rows: s.rows, tail: Shared::new(&mut s.state.tail), s: Shared::new(s.state.s.values_mut()) }
+            Part { row: s.row, rows: s.rows, tail: Shared::new(&mut state.tail), s: Shared::new(state.s.values_mut()) }
         })
         .collect();
 

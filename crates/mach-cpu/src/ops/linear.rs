@@ -64,6 +64,11 @@ pub(crate) fn plain(x: &Tensor) -> PlainRows {
     PlainRows { x: x.values().as_ptr(), stride: x.cols() }
 }
 
+/// Rows from `row` on.
+pub(crate) fn plain_from(x: &Tensor, row: usize) -> PlainRows {
+    PlainRows { x: x.values()[row * x.cols()..].as_ptr(), stride: x.cols() }
+}
+
 /// f32 activations in the form that `format` takes.
 pub(crate) fn exact(format: WeightFormat, x: PlainRows) -> Acts {
     if format.is_quantised() { Acts::Exact(x) } else { Acts::Plain(x) }
@@ -215,6 +220,35 @@ pub(crate) fn linear(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor, rows: u
                 std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), out.at((done.first + i) * cols + column), n);
             }
         });
+    }
+}
+
+pub(crate) fn linear_grouped(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor, rows: usize, weights: &[Weight], out: &mut Tensor) {
+    let (x_cols, out_cols) = (x.cols(), out.cols());
+    let part = x_cols / weights.len().max(1);
+    assert!(rows <= x.rows().min(out.rows()), "{rows} rows of a grouped product");
+    assert_eq!(weights.iter().map(|w| w.layout.rows).sum::<usize>(), out_cols, "columns of a grouped product");
+    let to = Shared::new(out.values_mut());
+    let mut first = 0;
+    for (g, w) in weights.iter().enumerate() {
+        assert_eq!(w.layout.cols, part, "columns of weight and input");
+        let ids = identity(&mut scratch.identity, rows);
+        let x = PlainRows { x: x.values()[g * part..].as_ptr(), stride: x_cols };
+        // SAFETY: `ids` are rows of `x`, which outlives the products; shapes were checked, and a unit has its columns to itself.
+        unsafe {
+            let acts = match block(w.layout.format) {
+                Some(block) if w.layout.rows > SMALL_ROWS => Acts::Quant(scratch.quant[block / 32].quantise(cx, x, ids, part, block)),
+                _ => exact(w.layout.format, x),
+            };
+            let product = Product { layout: w.layout, data: w.data.as_ptr(), per: 1, acts, rows: ids };
+            products(cx, &[product], &|done| {
+                let (column, n) = (done.tile * LANES, (w.layout.rows - done.tile * LANES).min(LANES));
+                for i in 0..done.n {
+                    std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), to.at((done.first + i) * out_cols + first + column), n);
+                }
+            });
+        }
+        first += w.layout.rows;
     }
 }
 

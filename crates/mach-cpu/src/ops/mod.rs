@@ -3,6 +3,8 @@
 pub(crate) mod attention;
 pub(crate) mod experts;
 pub(crate) mod gdn;
+pub(crate) mod hyper;
+pub(crate) mod latent;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod quant;
@@ -10,8 +12,35 @@ pub(crate) mod router;
 
 use std::cell::RefCell;
 
+use mach_backend::StateSpec;
+
 use crate::kernels::Kernels;
 use crate::pool::Pool;
+
+/// What one layer of one sequence carries from token to token.
+pub enum State {
+    /// Of a gated delta net.
+    Gdn(gdn::GdnState),
+    /// Of latent attention.
+    Latent(Box<latent::LatentState>),
+}
+
+impl State {
+    pub(crate) fn new(spec: &StateSpec) -> Self {
+        match spec {
+            StateSpec::Gdn(g) => Self::Gdn(gdn::GdnState::new(g)),
+            StateSpec::Latent(l) => Self::Latent(Box::new(latent::LatentState::new(l))),
+        }
+    }
+
+    pub(crate) fn copy_from(&mut self, src: &Self) {
+        match (self, src) {
+            (Self::Gdn(to), Self::Gdn(from)) => to.copy_from(from),
+            (Self::Latent(to), Self::Latent(from)) => to.copy_from(from),
+            _ => panic!("states of two kinds of layers"),
+        }
+    }
+}
 
 /// What every operation needs.
 #[derive(Clone, Copy)]
