@@ -305,10 +305,7 @@ fn residents(ck: &Checkpoint, plan: &PackPlan) -> Result<Vec<Resident>, FormatEr
                 all.push(Resident::Quantise { module: module.clone(), matrix, layout });
             }
             _ => {
-                all.push(Resident::Copy(matrix.name().to_owned()));
-                if matches!(matrix.format(), WeightFormat::Affine { .. }) {
-                    all.extend(["scales", "biases"].map(|s| Resident::Copy(format!("{module}.{s}"))));
-                }
+                all.extend(matrix.tensors().iter().cloned().map(Resident::Copy));
             }
         }
     }
@@ -358,12 +355,12 @@ fn planned(ck: &Checkpoint, resident: &Resident) -> Result<Vec<Planned>, FormatE
 
 /// Quantises a whole matrix on all threads: words, scales, biases.
 fn quantise(matrix: &Matrix, layout: &PackedLayout) -> Result<[Vec<u8>; 3], FormatError> {
-    let (data_row, scale_row) = row_bytes(layout);
+    let [data_row, scale_row, bias_row] = row_bytes(layout);
     let rows = layout.rows;
-    let mut out = [data_row, scale_row, scale_row].map(|row| vec![0; rows * row]);
+    let mut out = [data_row, scale_row, bias_row].map(|row| vec![0; rows * row]);
     let [data, scales, biases] = &mut out;
     let step = (1 << 18) / layout.cols.max(1) + 1;
-    let params = scales.par_chunks_mut(step * scale_row).zip(biases.par_chunks_mut(step * scale_row));
+    let params = scales.par_chunks_mut(step * scale_row).zip(biases.par_chunks_mut(step * bias_row));
     data.par_chunks_mut(step * data_row).zip(params).enumerate().try_for_each(|(i, (data, (scales, biases)))| {
         let [d, s, b] = matrix.quantise_rows(layout.format, i * step..(i * step + step).min(rows))?;
         data.copy_from_slice(&d);

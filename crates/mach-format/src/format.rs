@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Type of the per-group scales and biases of an affine format.
+/// Type of the per-group scales (and biases) of a format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScaleType {
@@ -24,7 +24,7 @@ impl ScaleType {
     }
 }
 
-/// Block formats of GGUF files that have a packed form of their own. Names and values are those of ggml.
+/// Block formats: those of ggml under its names, and the microscaling ones, which checkpoints of several kinds hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BlockFormat {
@@ -37,50 +37,90 @@ pub enum BlockFormat {
     /// 256 columns in 16 groups: `(d·scale)·q`, `q` 6 bits from −32, scales signed 8 bits.
     #[serde(rename = "q6_k")]
     Q6K,
+    /// 32 columns: `2^(e − 127)` times E2M1 numbers. GGUF's MXFP4, gpt-oss's blocks and scales, DeepSeek's FP4, MLX's mxfp4.
+    #[serde(rename = "mxfp4")]
+    Mxfp4,
+}
+
+/// How the lines of a packed tile hold the numbers of 32 columns; see [`packed`](crate::packed).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codes {
+    /// Unsigned integers of so many bits: 2, 3, 4, 5, 6 or 8.
+    Bits(u8),
+    /// 4 bits, the index of a number in [`E2M1`].
+    E2m1,
+}
+
+impl Codes {
+    /// Bytes of 32 columns of 16 rows.
+    pub const fn unit_bytes(self) -> usize {
+        match self {
+            Self::Bits(bits) => bits as usize * 64,
+            Self::E2m1 => 4 * 64,
+        }
+    }
+}
+
+/// What is fixed about a block format.
+struct Facts {
+    name: &'static str,
+    columns: usize,
+    group: usize,
+    source_bytes: usize,
+    codes: Codes,
+    offset: u8,
+    small: usize,
+    halves: usize,
 }
 
 impl BlockFormat {
+    const fn facts(self) -> Facts {
+        // Name, columns of a block and of a group, bytes in a file; numbers, what stands for zero, bytes and halves of parameters.
+        const fn facts(name: &'static str, [columns, group, source_bytes]: [usize; 3], codes: Codes, offset: u8, [small, halves]: [usize; 2]) -> Facts {
+            Facts { name, columns, group, source_bytes, codes, offset, small, halves }
+        }
+        match self {
+            Self::Q8_0 => facts("q8_0", [32, 32, 34], Codes::Bits(8), 128, [0, 1]),
+            Self::Q4K => facts("q4_K", [256, 32, 144], Codes::Bits(4), 0, [16, 2]),
+            Self::Q6K => facts("q6_K", [256, 16, 210], Codes::Bits(6), 32, [16, 1]),
+            Self::Mxfp4 => facts("mxfp4", [32, 32, 17], Codes::E2m1, 16, [1, 0]),
+        }
+    }
+
     /// Columns of one block of one row.
     pub const fn columns(self) -> usize {
-        match self {
-            Self::Q8_0 => 32,
-            Self::Q4K | Self::Q6K => 256,
-        }
+        self.facts().columns
     }
 
     /// Columns that share a scale.
     pub const fn group(self) -> usize {
-        match self {
-            Self::Q8_0 | Self::Q4K => 32,
-            Self::Q6K => 16,
-        }
+        self.facts().group
     }
 
-    /// Bytes of one block of one row in a GGUF file.
+    /// Bytes of one block of one row where blocks lie one after another, as in a GGUF file.
     pub const fn source_bytes(self) -> usize {
-        match self {
-            Self::Q8_0 => 34,
-            Self::Q4K => 144,
-            Self::Q6K => 210,
-        }
+        self.facts().source_bytes
     }
 
-    /// Bits of a stored number.
-    pub const fn bits(self) -> u8 {
-        match self {
-            Self::Q8_0 => 8,
-            Self::Q4K => 4,
-            Self::Q6K => 6,
-        }
+    /// How a packed tile holds the numbers.
+    pub const fn codes(self) -> Codes {
+        self.facts().codes
+    }
+
+    /// The number that stands for zero, where a group has no minimum.
+    pub const fn offset(self) -> u8 {
+        self.facts().offset
+    }
+
+    /// Bytes and halves of each row that follow the lines of a packed block.
+    pub const fn params(self) -> [usize; 2] {
+        let facts = self.facts();
+        [facts.small, facts.halves]
     }
 
     /// ggml's name.
     pub const fn name(self) -> &'static str {
-        match self {
-            Self::Q8_0 => "q8_0",
-            Self::Q4K => "q4_K",
-            Self::Q6K => "q6_K",
-        }
+        self.facts().name
     }
 }
 
@@ -96,19 +136,19 @@ pub enum WeightFormat {
     BF16,
     /// MLX's affine groups along the input: `x = scale·q + bias`, `q` unsigned.
     Affine {
-        /// 4 or 8.
+        /// 2, 3, 4, 5, 6 or 8.
         bits: u8,
         /// 32, 64 or 128 columns.
         group: u16,
         /// Type of scales and biases.
         scales: ScaleType,
     },
-    /// Blocks of a GGUF file.
+    /// Blocks.
     Block(BlockFormat),
 }
 
 impl WeightFormat {
-    /// Whether products use int8 activations on backends that quantise them.
+    /// Whether products use integer activations on backends that quantise them.
     pub const fn is_quantised(self) -> bool {
         matches!(self, Self::Affine { .. } | Self::Block(_))
     }
@@ -125,3 +165,6 @@ impl std::fmt::Display for WeightFormat {
         }
     }
 }
+
+/// The numbers of a 4-bit float with two exponent bits and one of mantissa, doubled, 16 standing for zero.
+pub const E2M1: [u8; 16] = [16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4];

@@ -3,6 +3,7 @@
 pub mod artifact;
 pub mod checkpoint;
 mod disk;
+mod element;
 pub mod error;
 pub mod fingerprint;
 pub mod format;
@@ -12,6 +13,7 @@ pub mod packed;
 pub mod quant;
 mod safetensors_writer;
 pub mod sidecar;
+mod source;
 mod tile;
 
 pub use artifact::{BuildProgress, BuildReport, ExpertSource, LayerPlan, PackPlan, write_pack, write_sidecar};
@@ -19,8 +21,8 @@ pub use checkpoint::{Checkpoint, Dtype, ElementType, TensorInfo};
 pub use disk::{forget_pages, free_space};
 pub use error::FormatError;
 pub use fingerprint::{Fingerprint, checksum, fingerprint};
-pub use format::{BlockFormat, ScaleType, WeightFormat};
+pub use format::{BlockFormat, Codes, E2M1, ScaleType, WeightFormat};
 pub use matrix::{Matrix, pack_f32, pack_gate_up};
-pub use packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
+pub use packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS, UNIT};
 pub use safetensors_writer::{Planned, SafetensorsWriter};
 pub use sidecar::{LayerExperts, RecordLayout, SIDECAR_DIR, Sidecar, SidecarWriter};

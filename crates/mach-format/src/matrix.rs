@@ -5,162 +5,46 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use safetensors::Dtype;
-use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, ElementType, Files, PlainType, TensorInfo};
+use crate::checkpoint::{Files, PlainType};
 use crate::disk::{expect_pages, forget_pages};
 use crate::error::FormatError;
-use crate::format::{BlockFormat, ScaleType, WeightFormat};
+use crate::format::WeightFormat;
 use crate::packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
 use crate::quant::{self, affine};
-use crate::tile::{Rows, pack_tile, row_bytes};
+use crate::source::Stored;
+use crate::tile::{pack_tile, row_bytes};
 
 /// Bytes that are read at once while packing.
 const READ_BYTES: usize = 1 << 20;
 
-/// Rows of equal length, one after the other in one file.
+/// Rows of equal length in one file, one after the other.
 #[derive(Clone, Copy, Debug)]
-struct Plane {
-    file: usize,
-    offset: u64,
-    row_bytes: usize,
+pub(crate) struct Plane {
+    pub(crate) file: usize,
+    pub(crate) offset: u64,
+    pub(crate) row_bytes: usize,
 }
 
-impl Plane {
-    fn skip_rows(&mut self, rows: usize) {
-        self.offset += rows as u64 * self.row_bytes as u64;
-    }
+/// The tensors of a weight.
+pub(crate) struct Source {
+    pub(crate) files: Arc<Files>,
+    /// Their names, the one with the data first.
+    pub(crate) parts: Vec<String>,
+    /// Data, scales, biases: a row for each of the weight's, of all matrices of a stack.
+    pub(crate) planes: [Option<Plane>; 3],
+    pub(crate) stored: Stored,
 }
 
 /// A lazy view of a weight `[rows, cols]`, or of a stack `[leading, rows, cols]`. Cheap to clone; keeps the
 /// weight files open.
 #[derive(Clone)]
 pub struct Matrix {
-    files: Arc<Files>,
-    name: Arc<str>,
-    layout: PackedLayout,
-    leading: Option<usize>,
-    /// Data, and scales and biases of affine formats.
-    data: Plane,
-    params: Option<[Plane; 2]>,
-}
-
-impl Checkpoint {
-    /// The weight `{prefix}.weight` (or `prefix` itself where a tensor has that name), with `{prefix}.scales` and
-    /// `{prefix}.biases` where it is quantised in MLX's groups. Two dimensions, or three for a stack of experts; one is a
-    /// single row.
-    ///
-    /// # Errors
-    /// A missing tensor, another number of dimensions, a type or quantisation that is not read, shapes that do not
-    /// fit the `quantization` of the configuration.
-    pub fn matrix(&self, prefix: &str) -> Result<Matrix, FormatError> {
-        let dotted = format!("{prefix}.weight");
-        let name = if self.tensor(&dotted).is_none() && self.tensor(prefix).is_some() { prefix } else { &dotted };
-        let info = self.require(name)?;
-        let (leading, rows, width) = match info.shape[..] {
-            [width] => (None, 1, width),
-            [rows, width] => (None, rows, width),
-            [leading, rows, width] => (Some(leading), rows, width),
-            _ => return Err(shape_error(name, "1 to 3 dimensions", info)),
-        };
-        if info.shape.contains(&0) {
-            return Err(shape_error(name, "no empty dimension", info));
-        }
-        let plane = |info: &TensorInfo| Plane { file: info.file, offset: info.offset, row_bytes: info.bytes as usize / (rows * leading.unwrap_or(1)) };
-        let unsupported = || FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what: format!("{:?} weights{}", info.dtype, self.quant_method()) };
-        let (format, cols, params) = match info.dtype {
-            ElementType::Plain(Dtype::U32) => {
-                let (format, cols, scales, biases) = self.affine_params(prefix, name, info)?;
-                (format, cols, Some([plane(scales), plane(biases)]))
-            }
-            ElementType::Plain(Dtype::U8) => {
-                let block = self.block_mode(prefix).ok_or_else(unsupported)?;
-                if !width.is_multiple_of(block.source_bytes()) {
-                    return Err(shape_error(name, &format!("rows of whole {} blocks", block.name()), info));
-                }
-                (WeightFormat::Block(block), width / block.source_bytes() * block.columns(), None)
-            }
-            ElementType::Block(ty) => (WeightFormat::Block(ty.block().ok_or_else(unsupported)?), width, None),
-            _ if info.dtype.is_float() => {
-                let format = match PlainType::of(name, info.dtype)? {
-                    PlainType::F32 => WeightFormat::F32,
-                    PlainType::F16 => WeightFormat::F16,
-                    PlainType::BF16 => WeightFormat::BF16,
-                };
-                (format, width, None)
-            }
-            _ => return Err(unsupported()),
-        };
-        Ok(Matrix { files: Arc::clone(&self.files), name: name.into(), layout: PackedLayout::new(rows, cols, format), leading, data: plane(info), params })
-    }
-
-    fn quant_method(&self) -> String {
-        let method = self.config().get("quantization_config").and_then(|q| q.get("quant_method")).and_then(Value::as_str);
-        method.map_or(String::new(), |m| format!(" (quant_method {m})"))
-    }
-
-    /// The block format that a pack of a GGUF file gives for the bytes of a module.
-    fn block_mode(&self, prefix: &str) -> Option<BlockFormat> {
-        let mode = self.config().get("quantization")?.get(prefix)?.get("mode")?;
-        serde_json::from_value(mode.clone()).ok()
-    }
-
-    /// MLX's rule for a packed tensor: the config names bits and group (an exact path wins over the general
-    /// entry), and the shapes of words and scales must agree.
-    fn affine_params(&self, prefix: &str, name: &str, info: &TensorInfo) -> Result<(WeightFormat, usize, &TensorInfo, &TensorInfo), FormatError> {
-        let unsupported = |what: String| FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what };
-        let mismatch = |expected: String, got: String| FormatError::QuantisationMismatch { tensor: name.to_owned(), expected, got };
-        let scales = self.require(&format!("{prefix}.scales"))?;
-        let scale_type = match scales.dtype {
-            ElementType::Plain(Dtype::F16) => ScaleType::F16,
-            ElementType::Plain(Dtype::BF16) => ScaleType::BF16,
-            ElementType::Plain(Dtype::F32) => ScaleType::F32,
-            ElementType::Plain(Dtype::U8) => return Err(unsupported("an MX or NV floating-point mode (scales of type U8)".to_owned())),
-            other => return Err(unsupported(format!("scales of type {other:?}"))),
-        };
-        let biases = self.require(&format!("{prefix}.biases"))?;
-        if (biases.dtype, &biases.shape) != (scales.dtype, &scales.shape) {
-            return Err(shape_error(&format!("{prefix}.biases"), &format!("that of the scales, {:?}", scales.shape), biases));
-        }
-        let quantization = ["quantization", "quantization_config"].iter().find_map(|key| self.config().get(key)?.as_object());
-        let quantization = quantization.ok_or_else(|| mismatch("nothing (no quantization)".to_owned(), "packed words with scales".to_owned()))?;
-        let own = match quantization.get(prefix) {
-            Some(Value::Object(own)) => own,
-            Some(Value::Bool(false)) => return Err(mismatch("not quantised".to_owned(), "packed words with scales".to_owned())),
-            _ => quantization,
-        };
-        let field = |key: &str| own.get(key).or_else(|| quantization.get(key));
-        if let Some(mode) = field("mode").and_then(Value::as_str).filter(|m| *m != "affine") {
-            return Err(unsupported(format!("the mode {mode}")));
-        }
-        let number = |key: &str| field(key).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
-        let (Some(bits), Some(group)) = (number("bits"), number("group_size")) else {
-            return Err(mismatch("no bits and group_size".to_owned(), "packed words with scales".to_owned()));
-        };
-        if !matches!(bits, 4 | 8) {
-            return Err(unsupported(format!("{bits} bits")));
-        }
-        if !matches!(group, 32 | 64 | 128) {
-            return Err(unsupported(format!("groups of {group}")));
-        }
-        let (outer, words) = info.shape.split_at(info.shape.len() - 1);
-        let (scale_outer, groups) = scales.shape.split_at(scales.shape.len().saturating_sub(1));
-        if outer != scale_outer {
-            return Err(shape_error(&format!("{prefix}.scales"), &format!("{outer:?} and the groups"), scales));
-        }
-        let cols = groups[0] * group;
-        if words[0] * 32 != cols * bits {
-            let got = format!("{} words of 32 bits for {} groups", words[0], groups[0]);
-            return Err(mismatch(format!("{bits} bits in groups of {group}"), got));
-        }
-        let format = WeightFormat::Affine { bits: bits as u8, group: group as u16, scales: scale_type };
-        Ok((format, cols, scales, biases))
-    }
-}
-
-fn shape_error(tensor: &str, expected: &str, info: &TensorInfo) -> FormatError {
-    FormatError::Shape { tensor: tensor.to_owned(), expected: expected.to_owned(), got: info.shape.clone() }
+    pub(crate) source: Arc<Source>,
+    pub(crate) layout: PackedLayout,
+    pub(crate) leading: Option<usize>,
+    /// Its first row among those of the tensors.
+    pub(crate) first: usize,
 }
 
 /// What a tile is made of: the rows as stored, or rows quantised on the way.
@@ -173,7 +57,12 @@ struct Target {
 impl Matrix {
     /// Name of the tensor that holds the data.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.source.parts[0]
+    }
+
+    /// Names of all tensors that it consists of.
+    pub fn tensors(&self) -> &[String] {
+        &self.source.parts
     }
 
     /// Output rows.
@@ -198,8 +87,8 @@ impl Matrix {
 
     /// Bytes on disk, scales and biases included, of the whole stack.
     pub fn bytes(&self) -> u64 {
-        let (data, scales) = row_bytes(&self.layout);
-        (self.rows() * self.leading.unwrap_or(1)) as u64 * (data + 2 * scales) as u64
+        let row: usize = self.source.planes.iter().flatten().map(|plane| plane.row_bytes).sum();
+        (self.rows() * self.leading.unwrap_or(1)) as u64 * row as u64
     }
 
     /// Number of matrices of a stack, `None` for a single matrix.
@@ -212,10 +101,10 @@ impl Matrix {
     /// # Panics
     /// When this is no stack or `e` is outside: stacks are checked when a model is loaded.
     pub fn expert(&self, e: usize) -> Self {
-        assert!(self.leading.is_some_and(|n| e < n), "expert {e} of {:?} in {}", self.leading, self.name);
+        assert!(self.leading.is_some_and(|n| e < n), "expert {e} of {:?} in {}", self.leading, self.name());
         let mut one = self.clone();
         one.leading = None;
-        one.for_planes(|plane| plane.skip_rows(e * self.rows()));
+        one.first += e * self.rows();
         one
     }
 
@@ -225,29 +114,23 @@ impl Matrix {
     /// # Panics
     /// When the range is outside or this is a stack.
     pub fn rows_range(&self, r: Range<usize>) -> Self {
-        assert!(self.leading.is_none() && r.start <= r.end && r.end <= self.rows(), "rows {r:?} of {} in {}", self.rows(), self.name);
+        assert!(self.leading.is_none() && r.start <= r.end && r.end <= self.rows(), "rows {r:?} of {} in {}", self.rows(), self.name());
         let mut part = self.clone();
         part.layout.rows = r.len();
-        part.for_planes(|plane| plane.skip_rows(r.start));
+        part.first += r.start;
         part
     }
 
-    fn for_planes(&mut self, f: impl Fn(&mut Plane)) {
-        f(&mut self.data);
-        self.params.iter_mut().flatten().for_each(f);
-    }
-
-    /// Reads `rows` as they lie: data, scales, biases.
+    /// Reads `rows` in the form that tiles are packed of: data, scales, biases.
     fn read_rows(&self, rows: Range<usize>) -> Result<[Vec<u8>; 3], FormatError> {
-        let read = |plane: &Plane| {
-            let mut bytes = vec![0; rows.len() * plane.row_bytes];
-            self.files.read(plane.file, plane.offset + rows.start as u64 * plane.row_bytes as u64, &mut bytes)?;
-            Ok(bytes)
-        };
-        match &self.params {
-            Some([scales, biases]) => Ok([read(&self.data)?, read(scales)?, read(biases)?]),
-            None => Ok([read(&self.data)?, Vec::new(), Vec::new()]),
+        let mut out = [const { Vec::new() }; 3];
+        for (out, plane) in out.iter_mut().zip(&self.source.planes) {
+            if let Some(plane) = plane {
+                out.resize(rows.len() * plane.row_bytes, 0);
+                self.source.files.read(plane.file, plane.offset + ((self.first + rows.start) * plane.row_bytes) as u64, out)?;
+            }
         }
+        Ok(self.source.stored.rows(out))
     }
 
     fn widen_row(&self, [data, scales, biases]: [&[u8]; 3], out: &mut [f32]) {
@@ -268,7 +151,7 @@ impl Matrix {
     /// # Panics
     /// When `row` is outside, this is a stack, or `out` is not `cols` long.
     pub fn row_f32(&self, row: usize, out: &mut [f32]) -> Result<(), FormatError> {
-        assert!(self.leading.is_none() && row < self.rows() && out.len() == self.cols(), "row {row} of {}", self.name);
+        assert!(self.leading.is_none() && row < self.rows() && out.len() == self.cols(), "row {row} of {}", self.name());
         let [data, scales, biases] = self.read_rows(row..row + 1)?;
         self.widen_row([&data, &scales, &biases], out);
         Ok(())
@@ -300,8 +183,8 @@ impl Matrix {
 
     /// A multiple of 16 rows of about [`READ_BYTES`].
     fn rows_per_read(&self) -> usize {
-        let (data, scales) = row_bytes(&self.layout);
-        (READ_BYTES / (data + 2 * scales).max(1) / TILE_ROWS).max(1) * TILE_ROWS
+        let row: usize = row_bytes(&self.layout).iter().sum();
+        (READ_BYTES / row.max(1) / TILE_ROWS).max(1) * TILE_ROWS
     }
 
     /// Lets the system drop its cached pages of this matrix, for readers that stream experts from a checkpoint.
@@ -316,9 +199,9 @@ impl Matrix {
 
     /// Calls `f` with the file, offset and length of data, scales and biases.
     fn each_part(&self, f: fn(&File, u64, u64)) {
-        for plane in std::iter::once(&self.data).chain(self.params.iter().flatten()) {
+        for plane in self.source.planes.iter().flatten() {
             let bytes = (self.rows() * self.leading.unwrap_or(1) * plane.row_bytes) as u64;
-            f(&self.files.open[plane.file].1, plane.offset, bytes);
+            f(&self.source.files.open[plane.file].1, plane.offset + (self.first * plane.row_bytes) as u64, bytes);
         }
     }
 
@@ -331,7 +214,7 @@ impl Matrix {
             WeightFormat::Affine { bits: 4 | 8, group: group @ (32 | 64 | 128), .. } if self.cols().is_multiple_of(group.into()) => {
                 Ok(PackedLayout::new(self.rows(), self.cols(), format))
             }
-            _ => Err(FormatError::UnsupportedQuantisation { tensor: self.name.to_string(), what: format!("{format} for {} columns", self.cols()) }),
+            _ => Err(FormatError::UnsupportedQuantisation { tensor: self.name().to_owned(), what: format!("{format} for {} columns", self.cols()) }),
         }
     }
 
@@ -343,10 +226,10 @@ impl Matrix {
             let end = tiles.min(start + step);
             let rows = (first + start) * TILE_ROWS..((first + end) * TILE_ROWS).min(self.rows());
             let [data, scales, biases] = if target.requantise { self.quantise_rows(target.layout.format, rows)? } else { self.read_rows(rows)? };
-            let (data_row, scale_row) = row_bytes(&target.layout);
+            let [data_row, scale_row, bias_row] = row_bytes(&target.layout);
             let piece = |bytes, row, t| nth_chunk(bytes, row * TILE_ROWS, t);
             for t in 0..end - start {
-                let rows = Rows { data: piece(&data, data_row, t), scales: piece(&scales, scale_row, t), biases: piece(&biases, scale_row, t) };
+                let rows = [piece(&data, data_row, t), piece(&scales, scale_row, t), piece(&biases, bias_row, t)];
                 pack_tile(&target.layout, rows, &mut dst[(start + t) * stride..][..tile_bytes]);
             }
         }
@@ -358,15 +241,15 @@ impl Matrix {
         let WeightFormat::Affine { bits, group, scales: ty } = self.quantised_layout(format)?.format else {
             unreachable!("quantised layouts are affine");
         };
-        let (data_row, scale_row) = row_bytes(&PackedLayout::new(rows.len(), self.cols(), format));
+        let [data_row, scale_row, bias_row] = row_bytes(&PackedLayout::new(rows.len(), self.cols(), format));
         let mut values = vec![0.0; rows.len() * self.cols()];
         self.widen_rows(rows.start, &mut values)?;
-        let mut out = [data_row, scale_row, scale_row].map(|row| vec![0; rows.len() * row]);
+        let mut out = [data_row, scale_row, bias_row].map(|row| vec![0; rows.len() * row]);
         let [data, scales, biases] = &mut out;
-        let params = scales.chunks_exact_mut(scale_row).zip(biases.chunks_exact_mut(scale_row));
+        let params = scales.chunks_exact_mut(scale_row).zip(biases.chunks_exact_mut(bias_row));
         for (i, ((values, data), (scales, biases))) in values.chunks_exact(self.cols()).zip(data.chunks_exact_mut(data_row)).zip(params).enumerate() {
             affine::quantise_row(values, bits, group.into(), ty, data, scales, biases).map_err(|e| FormatError::Quantise {
-                tensor: self.name.to_string(),
+                tensor: self.name().to_owned(),
                 row: rows.start + i,
                 reason: e.to_string(),
             })?;
@@ -375,11 +258,11 @@ impl Matrix {
     }
 
     fn pack_strided(&self, target: Target, dst: &mut [u8], tile_stride: usize) -> Result<(), FormatError> {
-        assert!(self.leading.is_none(), "{} is a stack", self.name);
+        assert!(self.leading.is_none(), "{} is a stack", self.name());
         let tiles = target.layout.tiles();
         let needed = if tiles == 0 { 0 } else { (tiles - 1) * tile_stride + target.layout.tile_bytes() };
         if dst.len() < needed || tile_stride < target.layout.tile_bytes() {
-            return Err(FormatError::Buffer { tensor: self.name.to_string(), expected: needed, got: dst.len() });
+            return Err(FormatError::Buffer { tensor: self.name().to_owned(), expected: needed, got: dst.len() });
         }
         self.pack_tiles(target, 0, tiles, dst, tile_stride)
     }
@@ -411,7 +294,7 @@ impl Matrix {
     /// # Errors
     /// A read error.
     pub fn pack(&self) -> Result<PackedMatrix, FormatError> {
-        assert!(self.leading.is_none(), "{} is a stack", self.name);
+        assert!(self.leading.is_none(), "{} is a stack", self.name());
         let mut data = AlignedBytes::zeroed(self.layout.bytes());
         let tile_bytes = self.layout.tile_bytes();
         let step = self.rows_per_read() / TILE_ROWS;
@@ -439,7 +322,7 @@ fn nth_chunk(bytes: &[u8], size: usize, i: usize) -> &[u8] {
 pub fn pack_gate_up(gate: &Matrix, up: &Matrix) -> Result<AlignedBytes, FormatError> {
     let half = gate.layout;
     if half != up.layout || gate.leading.is_some() || up.leading.is_some() {
-        return Err(FormatError::Plan { reason: format!("{} {:?} and {} {:?} are no gate|up pair", gate.name, half, up.name, up.layout) });
+        return Err(FormatError::Plan { reason: format!("{} {:?} and {} {:?} are no gate|up pair", gate.name(), half, up.name(), up.layout) });
     }
     let tile = half.tile_bytes();
     let step = gate.rows_per_read() / TILE_ROWS;
@@ -462,8 +345,7 @@ pub fn pack_f32(rows: usize, cols: usize, values: &[f32]) -> PackedMatrix {
     let mut data = AlignedBytes::zeroed(layout.bytes());
     for (tile, rows) in data.chunks_exact_mut(layout.tile_bytes()).zip(values.chunks(TILE_ROWS * cols)) {
         let bytes: Vec<u8> = rows.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let rows = Rows { data: &bytes, scales: &[], biases: &[] };
-        pack_tile(&layout, rows, tile);
+        pack_tile(&layout, [&bytes, &[], &[]], tile);
     }
     PackedMatrix { layout, data }
 }

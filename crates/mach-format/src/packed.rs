@@ -8,11 +8,21 @@
 //! |---|---|---|
 //! | `F32` | 16 rows × 1 value | – |
 //! | `F16`, `BF16` | 16 rows × 2 values `k, k+1` | – |
-//! | affine 8 bit | 16 rows × 4 bytes `k..k+4` | per group: 16 scales, 16 biases |
-//! | affine 4 bit | 16 rows × 4 bytes; byte `j` has `k+j` in its low, `k+4+j` in its high nibble | per group: 16 scales, 16 biases |
-//! | `Q8_0` | as affine 8 bit, of `q + 128` | per 32 columns: 16 × `d` |
-//! | `Q4_K` | as affine 4 bit | per 256 columns: 8 × 16 scales, 8 × 16 minima (bytes), 16 × `d`, 16 × `dmin` |
-//! | `Q6_K` | per 16 columns two lines of low nibbles, then one of the bits above: byte `j` has those of `k+j`, `k+4+j`, `k+8+j`, `k+12+j` from its lowest bits up; of `q + 32` | per 256 columns: 16 × 16 scales (bytes), 16 × `d` |
+//! | affine | numbers of 2 to 8 bits | per group: 16 scales, 16 biases |
+//! | `Q8_0` | 8 bits, `q + 128` | per 32 columns: 16 × `d` |
+//! | `Q4_K` | 4 bits | per 256 columns: 8 × 16 scales, 8 × 16 minima (bytes), 16 × `d`, 16 × `dmin` |
+//! | `Q6_K` | 6 bits, `q + 32` | per 256 columns: 16 × 16 scales (bytes), 16 × `d` |
+//! | MXFP4 | 4 bits, an index of [`E2M1`](crate::format::E2M1) | per 32 columns: 16 exponents (bytes) |
+//!
+//! Numbers of fewer than 8 bits lie in lines as follows; `j` is a byte of a row's four.
+//!
+//! | bits | a 64-byte line |
+//! |---|---|
+//! | 8 | `k+j` |
+//! | 4 | `k+j` in the low nibble, `k+4+j` in the high one |
+//! | 2 | `k+j`, `k+4+j`, `k+8+j`, `k+12+j` from the lowest bits up |
+//! | 6 | per 16 columns two lines of low nibbles, then one of the pairs above them as for 2 bits |
+//! | 3, 5 | per 32 columns the lines of 2 or 4 bits, then one of the bits above: bit `i` belongs to `k+4i+j` |
 //!
 //! A tile of a quantised format is a sequence of *blocks* in K order: the lines of their columns, then what is "then", so
 //! a kernel reads one memory stream. Rows beyond `rows` and columns beyond `cols` are zero.
@@ -20,10 +30,12 @@
 use memmap2::MmapMut;
 use serde::{Deserialize, Serialize};
 
-use crate::format::{BlockFormat, ScaleType, WeightFormat};
+use crate::format::{Codes, WeightFormat};
 
 /// Output rows of one tile.
 pub const TILE_ROWS: usize = 16;
+/// Columns that any way of storing numbers divides into.
+pub const UNIT: usize = 32;
 
 /// Shape and format of a packed matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -45,7 +57,7 @@ impl PackedLayout {
     /// Whether the format is one that exists and its group divides the columns: for layouts read from files.
     pub const fn is_well_formed(&self) -> bool {
         match self.format {
-            WeightFormat::Affine { bits, group, .. } => matches!(bits, 4 | 8) && matches!(group, 32 | 64 | 128) && self.cols.is_multiple_of(group as usize),
+            WeightFormat::Affine { bits, group, .. } => matches!(bits, 2..=6 | 8) && matches!(group, 32 | 64 | 128) && self.cols.is_multiple_of(group as usize),
             WeightFormat::Block(block) => self.cols.is_multiple_of(block.columns()),
             _ => true,
         }
@@ -74,23 +86,31 @@ impl PackedLayout {
         }
     }
 
+    /// How the lines hold numbers; `None` for plain formats.
+    pub const fn codes(&self) -> Option<Codes> {
+        match self.format {
+            WeightFormat::Affine { bits, .. } => Some(Codes::Bits(bits)),
+            WeightFormat::Block(block) => Some(block.codes()),
+            _ => None,
+        }
+    }
+
     /// Bytes of the lines of one block of a tile: what comes before its scales; 0 for plain formats.
     pub const fn line_bytes(&self) -> usize {
-        let bits = match self.format {
-            WeightFormat::Affine { bits, .. } => bits,
-            WeightFormat::Block(block) => block.bits(),
-            _ => 0,
-        };
-        self.block_columns() * TILE_ROWS * bits as usize / 8
+        match self.codes() {
+            Some(codes) => self.block_columns() / UNIT * codes.unit_bytes(),
+            None => 0,
+        }
     }
 
     /// Bytes of one block of a tile (lines, then scales and the like); 0 for plain formats.
     pub const fn block_bytes(&self) -> usize {
         let scales = match self.format {
             WeightFormat::Affine { scales, .. } => 2 * scales.bytes(),
-            WeightFormat::Block(BlockFormat::Q8_0) => 2,
-            WeightFormat::Block(BlockFormat::Q4K) => 8 + 8 + 2 + 2,
-            WeightFormat::Block(BlockFormat::Q6K) => 16 + 2,
+            WeightFormat::Block(block) => {
+                let [small, halves] = block.params();
+                small + 2 * halves
+            }
             _ => 0,
         };
         self.line_bytes() + TILE_ROWS * scales
@@ -99,72 +119,6 @@ impl PackedLayout {
     /// Bytes of the whole matrix.
     pub const fn bytes(&self) -> usize {
         self.tiles() * self.tile_bytes()
-    }
-
-    /// Reads element `(row, col)` out of one tile: the definition of the layout, for tests and the reference
-    /// backend. `tile` has `tile_bytes()` bytes, `row` is 0..16 within the tile.
-    pub fn element(&self, tile: &[u8], row: usize, col: usize) -> f32 {
-        match self.format {
-            WeightFormat::F32 => {
-                let at = (col * TILE_ROWS + row) * 4;
-                f32::from_le_bytes([tile[at], tile[at + 1], tile[at + 2], tile[at + 3]])
-            }
-            WeightFormat::F16 | WeightFormat::BF16 => {
-                let at = (col / 2 * TILE_ROWS + row) * 4 + col % 2 * 2;
-                let bits = u16::from_le_bytes([tile[at], tile[at + 1]]);
-                if self.format == WeightFormat::F16 { half::f16::from_bits(bits).to_f32() } else { half::bf16::from_bits(bits).to_f32() }
-            }
-            WeightFormat::Affine { .. } | WeightFormat::Block(_) => {
-                let columns = self.block_columns();
-                let (lines, params) = tile[col / columns * self.block_bytes()..][..self.block_bytes()].split_at(self.line_bytes());
-                let q = f32::from(self.code(lines, row, col % columns));
-                let (scale, bias) = self.scale(params, row, col % columns);
-                scale.mul_add(q, bias)
-            }
-        }
-    }
-
-    /// The stored (unsigned) number of column `within` of a block.
-    fn code(&self, lines: &[u8], row: usize, within: usize) -> u8 {
-        let byte = |line: usize| lines[(line * TILE_ROWS + row) * 4 + within % 4];
-        let nibble = |byte: u8| if within % 8 < 4 { byte & 15 } else { byte >> 4 };
-        match self.format {
-            WeightFormat::Affine { bits: 8, .. } | WeightFormat::Block(BlockFormat::Q8_0) => byte(within / 4),
-            WeightFormat::Block(BlockFormat::Q6K) => {
-                let sixteen = within / 16 * 3;
-                nibble(byte(sixteen + within % 16 / 8)) | (byte(sixteen + 2) >> (within % 16 / 4 * 2) & 3) << 4
-            }
-            _ => nibble(byte(within / 8)),
-        }
-    }
-
-    /// Scale and bias of column `within` of a block: its value is `scale·code + bias`.
-    fn scale(&self, params: &[u8], row: usize, within: usize) -> (f32, f32) {
-        let half = |at: usize| read_scale(&params[at..], row, ScaleType::F16);
-        match self.format {
-            WeightFormat::Affine { scales, .. } => (read_scale(params, row, scales), read_scale(&params[TILE_ROWS * scales.bytes()..], row, scales)),
-            WeightFormat::Block(BlockFormat::Q8_0) => (half(0), -128.0 * half(0)),
-            WeightFormat::Block(BlockFormat::Q4K) => {
-                let at = within / 32 * TILE_ROWS + row;
-                (half(256) * f32::from(params[at]), -(half(256 + 32) * f32::from(params[128 + at])))
-            }
-            WeightFormat::Block(BlockFormat::Q6K) => {
-                let scale = half(256) * f32::from(params[within / 16 * TILE_ROWS + row] as i8);
-                (scale, -32.0 * scale)
-            }
-            _ => (1.0, 0.0),
-        }
-    }
-}
-
-fn read_scale(at: &[u8], row: usize, ty: ScaleType) -> f32 {
-    match ty {
-        ScaleType::F32 => {
-            let b = &at[row * 4..row * 4 + 4];
-            f32::from_le_bytes([b[0], b[1], b[2], b[3]])
-        }
-        ScaleType::F16 => half::f16::from_le_bytes([at[row * 2], at[row * 2 + 1]]).to_f32(),
-        ScaleType::BF16 => half::bf16::from_le_bytes([at[row * 2], at[row * 2 + 1]]).to_f32(),
     }
 }
 

@@ -1,46 +1,45 @@
 //! Rows as they lie in a checkpoint → tiles of the packed layout.
 
-use crate::format::WeightFormat;
-use crate::packed::{PackedLayout, TILE_ROWS};
-use crate::quant;
+use crate::format::{Codes, WeightFormat};
+use crate::packed::{PackedLayout, TILE_ROWS, UNIT};
+use crate::quant::units::put_numbers;
+use crate::quant::{self, affine};
 
 /// One 64-byte line: a 4-byte word of each of 16 rows.
 const LINE: usize = TILE_ROWS * 4;
 
-/// Up to 16 consecutive rows in row-major order, as a checkpoint stores them. `scales` and `biases` are empty for
-/// plain formats and blocks of ggml; affine data is MLX's: little-endian u32 words, element `t` at bits `t·bits`.
-#[derive(Clone, Copy)]
-pub(crate) struct Rows<'a> {
-    pub(crate) data: &'a [u8],
-    pub(crate) scales: &'a [u8],
-    pub(crate) biases: &'a [u8],
-}
+/// Up to 16 consecutive rows in row-major order: data, scales, biases. Plain formats and blocks have only data; affine data
+/// is MLX's: a little-endian stream of bits along the row.
+pub(crate) type Rows<'a> = [&'a [u8]; 3];
 
-/// Bytes of one row in a checkpoint: data, and scales (biases take the same).
-pub(crate) const fn row_bytes(layout: &PackedLayout) -> (usize, usize) {
+/// Bytes of one row of each of [`Rows`].
+pub(crate) const fn row_bytes(layout: &PackedLayout) -> [usize; 3] {
     match layout.format {
-        WeightFormat::F32 => (layout.cols * 4, 0),
-        WeightFormat::F16 | WeightFormat::BF16 => (layout.cols * 2, 0),
-        WeightFormat::Affine { bits, group, scales } => (layout.cols * bits as usize / 8, layout.cols / group as usize * scales.bytes()),
-        WeightFormat::Block(block) => (layout.cols / block.columns() * block.source_bytes(), 0),
+        WeightFormat::F32 => [layout.cols * 4, 0, 0],
+        WeightFormat::F16 | WeightFormat::BF16 => [layout.cols * 2, 0, 0],
+        WeightFormat::Affine { bits, group, scales } => {
+            let params = layout.cols / group as usize * scales.bytes();
+            [layout.cols * bits as usize / 8, params, params]
+        }
+        WeightFormat::Block(block) => [layout.cols / block.columns() * block.source_bytes(), 0, 0],
     }
 }
 
-/// Writes one tile. `rows.data` holds 1 to 16 whole rows; the rest of the tile becomes zero.
-pub(crate) fn pack_tile(layout: &PackedLayout, rows: Rows<'_>, tile: &mut [u8]) {
-    let (data_row, scale_row) = row_bytes(layout);
-    let count = rows.data.len() / data_row;
+/// Writes one tile. `data` holds 1 to 16 whole rows; the rest of the tile becomes zero.
+pub(crate) fn pack_tile(layout: &PackedLayout, [data, scale_rows, bias_rows]: Rows<'_>, tile: &mut [u8]) {
+    let [data_row, scale_row, _] = row_bytes(layout);
+    let count = data.len() / data_row;
     if count < TILE_ROWS {
         tile.fill(0);
     }
     match layout.format {
-        WeightFormat::F32 => interleave(rows.data, data_row, 0, data_row, tile, |w| w),
+        WeightFormat::F32 => interleave(data, data_row, 0, data_row, tile, |w| w),
         WeightFormat::F16 | WeightFormat::BF16 => {
             let whole = data_row / 4 * 4;
-            interleave(rows.data, data_row, 0, whole, tile, |w| w);
+            interleave(data, data_row, 0, whole, tile, |w| w);
             if whole < data_row {
                 // An odd number of columns: the second half of the last word is zero.
-                for (row, word) in rows.data.chunks_exact(data_row).zip(tile[whole * TILE_ROWS..].chunks_exact_mut(4)) {
+                for (row, word) in data.chunks_exact(data_row).zip(tile[whole * TILE_ROWS..].chunks_exact_mut(4)) {
                     word.copy_from_slice(&[row[whole], row[whole + 1], 0, 0]);
                 }
             }
@@ -49,20 +48,28 @@ pub(crate) fn pack_tile(layout: &PackedLayout, rows: Rows<'_>, tile: &mut [u8]) 
             let per_group = group as usize * bits as usize / 8;
             let width = scales.bytes();
             for (g, block) in tile.chunks_exact_mut(layout.block_bytes()).enumerate() {
-                let (lines, rest) = block.split_at_mut(per_group * TILE_ROWS);
+                let (lines, rest) = block.split_at_mut(layout.line_bytes());
                 match bits {
-                    8 => interleave(rows.data, data_row, g * per_group, per_group, lines, |w| w),
-                    _ => interleave(rows.data, data_row, g * per_group, per_group, lines, split_nibbles),
+                    8 => interleave(data, data_row, g * per_group, per_group, lines, |w| w),
+                    4 => interleave(data, data_row, g * per_group, per_group, lines, split_nibbles),
+                    _ => {
+                        for (r, row) in data.chunks_exact(data_row).enumerate() {
+                            let units = row[g * per_group..][..per_group].chunks_exact(bits as usize * UNIT / 8);
+                            for (from, lines) in units.zip(lines.chunks_exact_mut(bits as usize * 64)) {
+                                put_numbers(Codes::Bits(bits), &affine::numbers(bits, from), lines, r);
+                            }
+                        }
+                    }
                 }
                 let (to_scales, to_biases) = rest.split_at_mut(TILE_ROWS * width);
-                for (from, to) in [(rows.scales, to_scales), (rows.biases, to_biases)] {
+                for (from, to) in [(scale_rows, to_scales), (bias_rows, to_biases)] {
                     for (row, out) in from.chunks_exact(scale_row).zip(to.chunks_exact_mut(width)) {
                         out.copy_from_slice(&row[g * width..][..width]);
                     }
                 }
             }
         }
-        WeightFormat::Block(block) => quant::pack_tile(block, rows.data, data_row, layout.block_bytes(), tile),
+        WeightFormat::Block(block) => quant::pack_tile(block, data, data_row, layout.block_bytes(), tile),
     }
 }
 

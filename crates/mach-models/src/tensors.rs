@@ -386,8 +386,10 @@ impl Resolver<'_> {
     }
 
     fn raw(&mut self, module: &str) -> Result<Matrix, ModelError> {
+        let m = self.ck.matrix(module)?;
         self.use_module(module);
-        Ok(self.ck.matrix(module)?)
+        self.used.extend(m.tensors().iter().cloned());
+        Ok(m)
     }
 
     fn matrix(&mut self, module: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {

@@ -175,6 +175,20 @@ impl Simd for Avx2 {
         [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])]
     }
     #[inline(always)]
+    unsafe fn or_i(a: I, b: I) -> I {
+        [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn store_i(p: *mut u8, a: I) {
+        _mm256_storeu_si256(p.cast(), a[0]);
+        _mm256_storeu_si256(p.add(32).cast(), a[1]);
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], a: I) -> I {
+        let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+        [_mm256_shuffle_epi8(table, a[0]), _mm256_shuffle_epi8(table, a[1])]
+    }
+    #[inline(always)]
     unsafe fn max_i(a: I, b: I) -> I {
         [_mm256_max_epi32(a[0], b[0]), _mm256_max_epi32(a[1], b[1])]
     }
@@ -261,28 +275,6 @@ impl Kernel for Avx2 {
         out
     }
 
-    #[inline(always)]
-    unsafe fn unpack<const BITS: u8, const BLK: usize>(w: *const u8, out: *mut u8) {
-        let nibble = _mm256_set1_epi8(15);
-        for h in 0..2 {
-            let out = out.add(h * 32);
-            if BITS == 6 {
-                for sixteen in 0..BLK / 16 {
-                    let codes = six_bits(w.add(sixteen * 192 + h * 32));
-                    for four in 0..4 {
-                        _mm256_storeu_si256(out.add((sixteen * 4 + four) * 64).cast(), codes[four]);
-                    }
-                }
-            } else {
-                for line in 0..BLK / 8 {
-                    let bytes = load_bytes(w.add(line * 64 + h * 32));
-                    _mm256_storeu_si256(out.add(line * 128).cast(), _mm256_and_si256(bytes, nibble));
-                    _mm256_storeu_si256(out.add(line * 128 + 64).cast(), _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble));
-                }
-            }
-        }
-    }
-
     /// Two products of 6 bits are added in i16: see `dot`.
     #[inline(always)]
     unsafe fn dot_unpacked<const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R]) -> [I; R] {
@@ -351,12 +343,12 @@ impl Kernel for Avx2 {
         } else {
             let sixteens = _mm256_set1_epi16(16);
             // One half of the rows at a time, for the registers' sake.
-            for eight in 0..BLK / 32 {
+            for eight in 0..BLK.div_ceil(32) {
                 for h in 0..2 {
                     // Activations are broadcast again for the second half; the compiler would keep 64 vectors on the stack.
                     let x = anew(x);
                     let mut acc = [[_mm256_setzero_si256(); 2]; R];
-                    for line in eight * 8..eight * 8 + 8 {
+                    for line in eight * 8..(eight * 8 + 8).min(BLK / 4) {
                         let bytes = load_bytes(w.add(line * 64 + h * 32));
                         let low = _mm256_and_si256(bytes, nibble);
                         let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble);

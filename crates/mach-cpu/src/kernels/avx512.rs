@@ -121,6 +121,18 @@ impl Simd for Avx512 {
         _mm512_and_si512(a, b)
     }
     #[inline(always)]
+    unsafe fn or_i(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_or_si512(a, b)
+    }
+    #[inline(always)]
+    unsafe fn store_i(p: *mut u8, a: __m512i) {
+        _mm512_storeu_si512(p.cast(), a);
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], a: __m512i) -> __m512i {
+        _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), a)
+    }
+    #[inline(always)]
     unsafe fn max_i(a: __m512i, b: __m512i) -> __m512i {
         _mm512_max_epi32(a, b)
     }
@@ -204,9 +216,9 @@ impl Kernel for Avx512 {
             return out;
         }
         let per_run = if BITS == 4 { 4 } else { 8 };
-        for run in 0..BLK / 32 {
+        for run in 0..BLK.div_ceil(32) {
             let mut acc = [[_mm512_setzero_si512(); 2]; R];
-            for line in run * per_run..(run + 1) * per_run {
+            for line in run * per_run..((run + 1) * per_run).min(BLK * BITS as usize / 32) {
                 let bytes = _mm512_loadu_si512(w.add(line * 64).cast());
                 let low = _mm512_and_si512(bytes, nibble);
                 let high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble);

@@ -7,6 +7,7 @@
 #![allow(clippy::needless_range_loop)] // Indexed loops over small arrays are what unrolls into registers.
 
 mod attention;
+mod blocks;
 mod latent;
 mod math;
 mod plain;
@@ -15,6 +16,7 @@ mod recurrence;
 mod rows;
 mod scalar;
 mod simd;
+mod unpack;
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -39,6 +41,7 @@ pub(crate) use plain::PlainRows;
 pub(crate) use products::{MAX_ROWS, QuantRows};
 pub(crate) use recurrence::DeltaHead;
 pub(crate) use simd::LANES;
+pub(crate) use unpack::UnpackPanel;
 
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,8 +142,9 @@ macro_rules! for_all_kernels {
     ($callback:ident!($($extra:tt)*)) => {
         $callback! { ($($extra)*)
             V products::quantise_row(to: &QuantRows, row: usize);
-            K products::quant_tile(layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32);
-            V products::dequantise_tile(layout: &PackedLayout, tile: *const u8, out: *mut f32);
+            V unpack::unpack_panel(layout: &PackedLayout, tile: *const u8, first: usize, columns: usize, block: usize, codes: *mut u8, scales: *mut f32);
+            K products::quant_tile(unpack: UnpackPanel, layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32);
+            V blocks::dequantise_tile(layout: &PackedLayout, tile: *const u8, out: *mut f32);
             V plain::plain_tiles(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32);
             V rows::rms_norm(x: *const f32, w: *const f32, n: usize, eps: f32, out: *mut f32);
             V rows::add(x: *mut f32, y: *const f32, n: usize);

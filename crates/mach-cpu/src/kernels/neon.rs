@@ -170,6 +170,21 @@ impl Simd for Neon {
         each!(i => vandq_s32(a[i], b[i]))
     }
     #[inline(always)]
+    unsafe fn or_i(a: I, b: I) -> I {
+        each!(i => vorrq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    unsafe fn store_i(p: *mut u8, a: I) {
+        for i in 0..4 {
+            vst1q_u8(p.add(i * 16), vreinterpretq_u8_s32(a[i]));
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], a: I) -> I {
+        let table = vld1q_u8(table.as_ptr());
+        each!(i => vreinterpretq_s32_u8(vqtbl1q_u8(table, vreinterpretq_u8_s32(a[i]))))
+    }
+    #[inline(always)]
     unsafe fn max_i(a: I, b: I) -> I {
         each!(i => vmaxq_s32(a[i], b[i]))
     }

@@ -10,9 +10,11 @@
 use std::mem::MaybeUninit;
 
 use mach_backend::KV_BLOCK;
-use mach_format::{BlockFormat, PackedLayout, ScaleType, TILE_ROWS, WeightFormat};
+use mach_format::{Codes, PackedLayout, TILE_ROWS};
 
+use super::blocks::Blocks;
 use super::simd::{Kernel, LANES, Simd};
+use super::unpack::UnpackPanel;
 
 const _: () = assert!(TILE_ROWS == LANES && KV_BLOCK.is_multiple_of(LANES));
 
@@ -164,130 +166,51 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
     }
 }
 
-/// Where the numbers and scales of a quantised tile lie.
-#[derive(Clone, Copy)]
-struct Blocks {
-    /// Bits of a stored number: 4, 6 or 8.
-    bits: usize,
-    /// Columns of a block of the tile, log₂ of them, and the block's bytes.
-    columns: usize,
-    shift: u32,
-    bytes: usize,
-    /// Bytes before the scales.
-    line_bytes: usize,
-    /// Columns that share a scale.
-    group: usize,
-    scales: Scales,
-}
-
-/// How scales are stored.
-#[derive(Clone, Copy)]
-enum Scales {
-    Affine(ScaleType),
-    Block(BlockFormat),
-}
-
-impl Blocks {
-    #[inline(always)]
-    fn of(layout: &PackedLayout) -> Self {
-        let (bits, group, scales) = match layout.format {
-            WeightFormat::Affine { bits, group, scales } => (bits, group.into(), Scales::Affine(scales)),
-            WeightFormat::Block(block) => (block.bits(), block.group(), Scales::Block(block)),
-            format => unreachable!("{format} weights are not quantised"),
-        };
-        let columns = layout.block_columns();
-        let shift = columns.trailing_zeros();
-        Self { bits: bits.into(), columns, shift, bytes: layout.block_bytes(), line_bytes: layout.line_bytes(), group, scales }
-    }
-
-    /// The block of column `column`.
-    #[inline(always)]
-    unsafe fn block(&self, tile: *const u8, column: usize) -> *const u8 {
-        tile.add((column >> self.shift) * self.bytes)
-    }
-
-    /// Scale and bias of column `within` of the block at `block`: exact, or rounded once from exact values.
-    #[inline(always)]
-    unsafe fn scales<V: Simd>(&self, block: *const u8, within: usize) -> (V::F, V::F) {
-        let at = block.add(self.line_bytes);
-        match self.scales {
-            Scales::Affine(ScaleType::BF16) => (V::load_bf16(at.cast()), V::load_bf16(at.add(LANES * 2).cast())),
-            Scales::Affine(ScaleType::F16) => (V::load_f16(at.cast()), V::load_f16(at.add(LANES * 2).cast())),
-            Scales::Affine(ScaleType::F32) => (V::load(at.cast()), V::load(at.add(LANES * 4).cast())),
-            Scales::Block(BlockFormat::Q8_0) => {
-                let d = V::load_f16(at.cast());
-                (d, V::mul(d, V::splat(-128.0)))
-            }
-            Scales::Block(BlockFormat::Q4K) => {
-                let line = at.add(within / 32 * LANES);
-                let (scale, min) = (V::to_f(V::load_u8(line)), V::to_f(V::load_u8(line.add(8 * LANES))));
-                let (d, dmin) = (V::load_f16(at.add(256).cast()), V::load_f16(at.add(288).cast()));
-                (V::mul(d, scale), V::sub(V::splat(0.0), V::mul(dmin, min)))
-            }
-            Scales::Block(BlockFormat::Q6K) => {
-                let scale = V::to_f(V::load_i8(at.add(within / 16 * LANES).cast()));
-                let scale = V::mul(V::load_f16(at.add(256).cast()), scale);
-                (scale, V::mul(scale, V::splat(-32.0)))
-            }
-        }
-    }
-
-    /// Column `within` of a block as numbers, given its scales.
-    #[inline(always)]
-    unsafe fn column<V: Simd>(&self, block: *const u8, within: usize, scale: V::F, bias: V::F) -> V::F {
-        let bits = |line: usize, shift: usize, mask: i32| V::and_i(V::shr_i(V::load_i(block.add(line * 64).cast()), shift as u32), V::splat_i(mask));
-        let nibble = |line: usize| bits(line, within % 4 * 8 + within / 4 % 2 * 4, 15);
-        let q = match self.bits {
-            8 => bits(within / 4, within % 4 * 8, 255),
-            6 => {
-                let sixteen = within / 16 * 3;
-                let high = bits(sixteen + 2, within % 4 * 8 + within % 16 / 4 * 2, 3);
-                V::add_i(nibble(sixteen + within % 16 / 8), V::shl_i::<4>(high))
-            }
-            _ => nibble(within / 8),
-        };
-        V::fma(scale, V::to_f(q), bias)
-    }
-}
-
-/// `out[i][0..16]` = tile × quantised row `rows[i]`, for at most [`MAX_ROWS`] rows.
+/// `out[i][0..16]` = tile × quantised row `rows[i]`, for at most [`MAX_ROWS`] rows. `unpack` is that of the same set.
 ///
 /// # Safety
 /// `tile` has `layout.tile_bytes()` bytes, `rows` are rows of `acts`, `out` has 16 values for each.
 #[inline(always)]
-pub(crate) unsafe fn quant_tile<K: Kernel>(layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
-    let format = Blocks::of(layout);
+pub(crate) unsafe fn quant_tile<K: Kernel>(unpack: UnpackPanel, layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+    let tile = Tile { format: Blocks::of(layout, tile), layout, unpack };
     if acts.planes == 2 {
-        quant_planes::<K, 2>(format, tile, acts, rows, out);
+        quant_planes::<K, 2>(&tile, acts, rows, out);
     } else {
-        quant_planes::<K, 1>(format, tile, acts, rows, out);
+        quant_planes::<K, 1>(&tile, acts, rows, out);
     }
     for (i, &row) in rows.iter().enumerate() {
         if *acts.outliers.add(row as usize) > 0 {
-            add_outliers::<K::V>(format, tile, acts, row as usize, out.add(i * LANES));
+            add_outliers::<K::V>(tile.format, acts, row as usize, out.add(i * LANES));
         }
     }
 }
 
+/// A tile, and what takes it apart.
+struct Tile<'a> {
+    format: Blocks,
+    layout: &'a PackedLayout,
+    unpack: UnpackPanel,
+}
+
+/// In place of the bits of numbers: they are taken apart before every product.
+const APART: u8 = 0;
+
 #[inline(always)]
-unsafe fn quant_planes<K: Kernel, const PLANES: usize>(format: Blocks, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32) {
-    match (format.bits, acts.block) {
-        (4, 64) => quant_blocks::<K, PLANES, 4, 64>(format, tile, acts, rows, out),
-        (4, _) => quant_blocks::<K, PLANES, 4, 32>(format, tile, acts, rows, out),
-        (6, _) => quant_blocks::<K, PLANES, 6, 16>(format, tile, acts, rows, out),
-        (_, 64) => quant_blocks::<K, PLANES, 8, 64>(format, tile, acts, rows, out),
-        _ => quant_blocks::<K, PLANES, 8, 32>(format, tile, acts, rows, out),
+unsafe fn quant_planes<K: Kernel, const PLANES: usize>(tile: &Tile<'_>, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+    match (tile.format.codes, acts.block) {
+        (Codes::Bits(4), 64) => quant_blocks::<K, PLANES, 4, 64>(tile, acts, rows, out),
+        (Codes::Bits(4), 32) => quant_blocks::<K, PLANES, 4, 32>(tile, acts, rows, out),
+        (Codes::Bits(6), 16) => quant_blocks::<K, PLANES, 6, 16>(tile, acts, rows, out),
+        (Codes::Bits(8), 64) => quant_blocks::<K, PLANES, 8, 64>(tile, acts, rows, out),
+        (Codes::Bits(8), 32) => quant_blocks::<K, PLANES, 8, 32>(tile, acts, rows, out),
+        (_, 64) => quant_blocks::<K, PLANES, APART, 64>(tile, acts, rows, out),
+        (_, 32) => quant_blocks::<K, PLANES, APART, 32>(tile, acts, rows, out),
+        _ => quant_blocks::<K, PLANES, APART, 16>(tile, acts, rows, out),
     }
 }
 
 #[inline(always)]
-unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(
-    format: Blocks,
-    tile: *const u8,
-    acts: &QuantRows,
-    rows: &[u32],
-    out: *mut f32,
-) {
+unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(tile: &Tile<'_>, acts: &QuantRows, rows: &[u32], out: *mut f32) {
     let blocks = acts.cols / BLK;
     let wide = K::WIDE && rows.len() > 2;
     if wide {
@@ -296,28 +219,30 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
     // Integers of 16 bits times bytes take half the instructions of two planes times nibbles.
     let whole = K::V::I16 && PLANES == 2;
     // With planes, nibbles are taken apart as fast as bytes are loaded.
-    let unpack = K::UNPACKS && !wide && (BITS == 6 && rows.len() >= UNPACK_FROM[0] || BITS == 4 && whole && rows.len() >= UNPACK_FROM[1]);
+    let many = BITS == 6 && rows.len() >= UNPACK_FROM[0] || BITS == 4 && whole && rows.len() >= UNPACK_FROM[1];
+    let unpack = BITS == APART || K::UNPACKS && !wide && many;
     let mut unpacked = Unpacked { codes: [MaybeUninit::uninit(); _], scales: [MaybeUninit::uninit(); _] };
     let columns = if unpack { UNPACKED_PANEL } else { PANEL };
     for first in (0..blocks).step_by(columns / BLK) {
         let panel = first..blocks.min(first + columns / BLK);
         if unpack {
-            unpacked.fill::<K, BITS, BLK>(format, tile, panel.clone());
+            let (codes, scales) = (unpacked.codes.as_mut_ptr().cast(), unpacked.scales.as_mut_ptr().cast());
+            (tile.unpack)(tile.layout, tile.format.tile, first * BLK, panel.len() * BLK, BLK, codes, scales);
         }
         let mut i = 0;
         while i < rows.len() {
             let (rest, to) = (&rows[i..], out.add(i * LANES));
-            let panel = panel.clone();
+            let (format, panel) = (tile.format, panel.clone());
             i += if wide {
-                quant_wide::<K, PLANES, BITS, BLK>(format, tile, acts, rest, panel, to)
+                quant_wide::<K, PLANES, BITS, BLK>(format, &unpacked, acts, rest, panel, to)
             } else if unpack && whole {
-                next_rows::<K, 1, BITS, BLK, true, true>(format, tile, &unpacked, acts, rest, panel, to)
+                next_rows::<K, 1, BITS, BLK, true, true>(format, &unpacked, acts, rest, panel, to)
             } else if unpack {
-                next_rows::<K, PLANES, BITS, BLK, false, true>(format, tile, &unpacked, acts, rest, panel, to)
+                next_rows::<K, PLANES, BITS, BLK, false, true>(format, &unpacked, acts, rest, panel, to)
             } else if whole && BITS == 8 {
-                next_rows::<K, 1, BITS, BLK, true, false>(format, tile, &unpacked, acts, rest, panel, to)
+                next_rows::<K, 1, BITS, BLK, true, false>(format, &unpacked, acts, rest, panel, to)
             } else {
-                next_rows::<K, PLANES, BITS, BLK, false, false>(format, tile, &unpacked, acts, rest, panel, to)
+                next_rows::<K, PLANES, BITS, BLK, false, false>(format, &unpacked, acts, rest, panel, to)
             };
         }
     }
@@ -326,7 +251,7 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
     }
 }
 
-/// A panel of a tile with a byte for each number, which many rows then share.
+/// A panel of a tile with a byte for each number.
 #[repr(align(64))]
 struct Unpacked {
     codes: [MaybeUninit<u8>; UNPACKED_PANEL * LANES],
@@ -335,32 +260,25 @@ struct Unpacked {
 }
 
 impl Unpacked {
+    /// Numbers, scale and bias of block `i` of the panel.
     #[inline(always)]
-    unsafe fn fill<K: Kernel, const BITS: u8, const BLK: usize>(&mut self, format: Blocks, tile: *const u8, panel: std::ops::Range<usize>) {
-        for (i, j) in panel.enumerate() {
-            let (lines, block, within) = block_at::<BITS, BLK>(format, tile, j);
-            K::unpack::<BITS, BLK>(lines, self.codes.as_mut_ptr().cast::<u8>().add(i * BLK * LANES));
-            let (scale, bias) = format.scales::<K::V>(block, within);
-            let to = self.scales.as_mut_ptr().cast::<f32>().add(i * 2 * LANES);
-            K::V::store(to, scale);
-            K::V::store(to.add(LANES), bias);
-        }
+    unsafe fn block<V: Simd, const BLK: usize>(&self, i: usize) -> (*const u8, V::F, V::F) {
+        let at = self.scales.as_ptr().cast::<f32>().add(i * 2 * LANES);
+        (self.codes.as_ptr().cast::<u8>().add(i * BLK * LANES), V::load(at), V::load(at.add(LANES)))
     }
 }
 
-/// Lines of block `j` of the activations, the block of the tile that they lie in, and the column within it.
+/// Lines of block `j` of the activations, as they are stored.
 #[inline(always)]
-unsafe fn block_at<const BITS: u8, const BLK: usize>(format: Blocks, tile: *const u8, j: usize) -> (*const u8, *const u8, usize) {
-    let block = format.block(tile, j * BLK);
-    let within = (j * BLK) & (format.columns - 1);
-    (block.add(within * LANES * BITS as usize / 8), block, within)
+unsafe fn lines_of<const BITS: u8, const BLK: usize>(format: Blocks, j: usize) -> *const u8 {
+    let (block, within) = format.block(j * BLK);
+    block.add(within * LANES * BITS as usize / 8)
 }
 
 /// The first of `rows`, as many as go together; returns their number.
 #[inline(always)]
 unsafe fn next_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const WHOLE: bool, const UNPACKED: bool>(
     format: Blocks,
-    tile: *const u8,
     unpacked: &Unpacked,
     acts: &QuantRows,
     rows: &[u32],
@@ -368,9 +286,9 @@ unsafe fn next_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: u
     out: *mut f32,
 ) -> usize {
     match rows.len() * PLANES {
-        1 => quant_rows::<K, PLANES, BITS, BLK, 1, WHOLE, UNPACKED>(format, tile, unpacked, acts, rows, panel, out),
-        2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2, WHOLE, UNPACKED>(format, tile, unpacked, acts, rows, panel, out),
-        _ => quant_rows::<K, PLANES, BITS, BLK, 4, WHOLE, UNPACKED>(format, tile, unpacked, acts, rows, panel, out),
+        1 => quant_rows::<K, PLANES, BITS, BLK, 1, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
+        2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
+        _ => quant_rows::<K, PLANES, BITS, BLK, 4, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
     }
 }
 
@@ -378,7 +296,6 @@ unsafe fn next_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: u
 #[inline(always)]
 unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize, const P: usize, const WHOLE: bool, const UNPACKED: bool>(
     format: Blocks,
-    tile: *const u8,
     unpacked: &Unpacked,
     acts: &QuantRows,
     rows: &[u32],
@@ -400,16 +317,13 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
         }
         let (codes, scale, bias);
         if UNPACKED {
-            codes = unpacked.codes.as_ptr().cast::<u8>().add((j - first) * BLK * LANES);
-            let at = unpacked.scales.as_ptr().cast::<f32>().add((j - first) * 2 * LANES);
-            (scale, bias) = (K::V::load(at), K::V::load(at.add(LANES)));
+            (codes, scale, bias) = unpacked.block::<K::V, BLK>(j - first);
         } else {
-            let (block, within);
-            (codes, block, within) = block_at::<BITS, BLK>(format, tile, j);
+            codes = lines_of::<BITS, BLK>(format, j);
             for line in 0..BLK * BITS as usize / 32 + 1 {
                 K::V::prefetch(codes.wrapping_add(PREFETCH + line * 64));
             }
-            (scale, bias) = format.scales::<K::V>(block, within);
+            (scale, bias) = format.scales::<K::V>(j * BLK);
         }
         let isum = if WHOLE {
             let mut x = [acts.whole; P];
@@ -417,6 +331,8 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
                 x[r] = acts.whole.add(rows[r] as usize * acts.cols + j * BLK);
             }
             K::dot_i16::<BLK, P>(codes, x)
+        } else if BITS == APART {
+            K::dot::<8, BLK, P>(codes, x, sums)
         } else if UNPACKED {
             K::dot_unpacked::<BLK, P>(codes, x)
         } else {
@@ -445,7 +361,7 @@ unsafe fn add_block<V: Simd>(acts: &QuantRows, at: usize, isum: V::I, scale: V::
 #[inline(always)]
 unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(
     format: Blocks,
-    tile: *const u8,
+    unpacked: &Unpacked,
     acts: &QuantRows,
     rows: &[u32],
     panel: std::ops::Range<usize>,
@@ -461,13 +377,19 @@ unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
             acc[r] = K::V::load(out.add(r * LANES));
         }
     }
+    let first = panel.start;
     for j in panel {
-        let (lines, block, within) = block_at::<BITS, BLK>(format, tile, j);
         for p in 0..PLANES * n {
             x[p] = acts.plane(rows[p / PLANES] as usize, p % PLANES, j).0;
         }
-        K::dot_wide::<BITS, BLK>(lines, &x[..PLANES * n], &mut isum);
-        let (scale, bias) = format.scales::<K::V>(block, within);
+        let (codes, scale, bias);
+        if BITS == APART {
+            (codes, scale, bias) = unpacked.block::<K::V, BLK>(j - first);
+            K::dot_wide::<8, BLK>(codes, &x[..PLANES * n], &mut isum);
+        } else {
+            K::dot_wide::<BITS, BLK>(lines_of::<BITS, BLK>(format, j), &x[..PLANES * n], &mut isum);
+            (scale, bias) = format.scales::<K::V>(j * BLK);
+        }
         for r in 0..n {
             let at = rows[r] as usize * blocks + j;
             let sum = |plane: usize| K::V::load_i(isum[r * PLANES + plane].as_ptr());
@@ -483,38 +405,21 @@ unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
 
 /// Adds the columns that were left out of the blocks, in f32.
 #[inline(always)]
-unsafe fn add_outliers<V: Simd>(format: Blocks, tile: *const u8, acts: &QuantRows, row: usize, out: *mut f32) {
+unsafe fn add_outliers<V: Simd>(format: Blocks, acts: &QuantRows, row: usize, out: *mut f32) {
     let x = *acts.x.add(row);
     let mut acc = V::load(out);
-    let (mut last, mut scale, mut bias) = (usize::MAX, V::splat(0.0), V::splat(0.0));
+    let (mut last, mut scales) = (usize::MAX, (V::splat(0.0), V::splat(0.0)));
     for word in 0..acts.words() {
         let mut bits = *acts.mask.add(row * acts.words() + word);
         while bits != 0 {
             let column = word * 64 + bits.trailing_zeros() as usize;
             bits &= bits - 1;
-            let (block, within, group) = (format.block(tile, column), column & (format.columns - 1), column / format.group);
-            if group != last {
-                (scale, bias) = format.scales::<V>(block, within);
-                last = group;
+            if column / format.group != last {
+                scales = format.scales::<V>(column);
+                last = column / format.group;
             }
-            acc = V::fma(format.column::<V>(block, within, scale, bias), V::splat(*x.add(column)), acc);
+            acc = V::fma(format.column::<V>(column, scales), V::splat(*x.add(column)), acc);
         }
     }
     V::store(out, acc);
-}
-
-/// Writes a quantised tile as an `F32` tile, `[cols][16]`.
-///
-/// # Safety
-/// `tile` has `layout.tile_bytes()` bytes, `out` takes `16·cols` values.
-#[inline(always)]
-pub(crate) unsafe fn dequantise_tile<V: Simd>(layout: &PackedLayout, tile: *const u8, out: *mut f32) {
-    let format = Blocks::of(layout);
-    for first in (0..layout.cols).step_by(format.group) {
-        let (block, within) = (format.block(tile, first), first & (format.columns - 1));
-        let (scale, bias) = format.scales::<V>(block, within);
-        for column in 0..format.group {
-            V::store(out.add((first + column) * LANES), format.column::<V>(block, within + column, scale, bias));
-        }
-    }
 }

@@ -144,6 +144,18 @@ impl Simd for Scalar {
         zip(a, b, |a, b| a & b)
     }
     #[inline(always)]
+    unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I {
+        zip(a, b, |a, b| a | b)
+    }
+    #[inline(always)]
+    unsafe fn store_i(p: *mut u8, a: Self::I) {
+        p.cast::<Self::I>().write_unaligned(a);
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], a: Self::I) -> Self::I {
+        a.map(|x| i32::from_le_bytes(x.to_le_bytes().map(|i| table[usize::from(i & 15)])))
+    }
+    #[inline(always)]
     unsafe fn max_i(a: Self::I, b: Self::I) -> Self::I {
         zip(a, b, i32::max)
     }

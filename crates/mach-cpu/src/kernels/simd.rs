@@ -51,11 +51,16 @@ pub(crate) trait Simd: Copy + 'static {
 
     unsafe fn splat_i(x: i32) -> Self::I;
     unsafe fn load_i(p: *const i32) -> Self::I;
+    /// Writes all 64 bytes.
+    unsafe fn store_i(p: *mut u8, a: Self::I);
+    /// Every byte, below 16, replaced by what the table has there.
+    unsafe fn lookup(table: &[u8; 16], a: Self::I) -> Self::I;
     /// 16 bytes, widened.
     unsafe fn load_u8(p: *const u8) -> Self::I;
     unsafe fn load_i8(p: *const i8) -> Self::I;
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn and_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn max_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn shl_i<const N: i32>(a: Self::I) -> Self::I;
     /// All lanes shifted right (logically) by the same `n`.
@@ -109,17 +114,10 @@ pub(crate) trait Kernel: 'static {
         [Self::V::splat_i(0); R]
     }
 
-    /// Whether [`Kernel::unpack`] and [`Kernel::dot_unpacked`] work.
+    /// Whether [`Kernel::dot_unpacked`] works.
     const UNPACKS: bool = false;
 
-    /// Writes the numbers of `BLK` columns as bytes, a line for every four columns.
-    ///
-    /// # Safety
-    /// As [`Kernel::dot`]; `out` takes `16·BLK` bytes.
-    #[inline(always)]
-    unsafe fn unpack<const BITS: u8, const BLK: usize>(_w: *const u8, _out: *mut u8) {}
-
-    /// [`Kernel::dot`] of what [`Kernel::unpack`] wrote, numbers of at most 6 bits.
+    /// [`Kernel::dot`] of numbers of at most 6 bits that were taken apart, a line for every four columns.
     ///
     /// # Safety
     /// As [`Kernel::dot`]; only where the set unpacks.

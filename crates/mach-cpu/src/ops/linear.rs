@@ -158,7 +158,7 @@ unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count
             Acts::Plain(x) => (cx.k.plain_tiles)(layout, data, count, x, rows, out),
             Acts::Quant(x) => {
                 for t in 0..count {
-                    (cx.k.quant_tile)(layout, data.add(t * layout.tile_bytes()), x, rows, out.add(t * rows.len() * LANES));
+                    (cx.k.quant_tile)(cx.k.unpack_panel, layout, data.add(t * layout.tile_bytes()), x, rows, out.add(t * rows.len() * LANES));
                 }
             }
             Acts::Exact(x) => with_scratch(layout.cols * LANES * count, |wide| {

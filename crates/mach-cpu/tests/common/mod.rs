@@ -38,7 +38,10 @@ pub const fn affine(bits: u8, group: u16, scales: ScaleType) -> WeightFormat {
     WeightFormat::Affine { bits, group, scales }
 }
 
-pub const FORMATS: [WeightFormat; 12] = [
+/// How many of [`FORMATS`] the first fingerprint of products covers; others are appended.
+pub const FIRST_FORMATS: usize = 12;
+
+pub const FORMATS: [WeightFormat; 17] = [
     WeightFormat::F32,
     WeightFormat::F16,
     WeightFormat::BF16,
@@ -51,7 +54,22 @@ pub const FORMATS: [WeightFormat; 12] = [
     WeightFormat::Block(BlockFormat::Q8_0),
     WeightFormat::Block(BlockFormat::Q4K),
     WeightFormat::Block(BlockFormat::Q6K),
+    WeightFormat::Block(BlockFormat::Mxfp4),
+    affine(2, 32, ScaleType::BF16),
+    affine(3, 64, ScaleType::F16),
+    affine(5, 32, ScaleType::F32),
+    affine(6, 128, ScaleType::BF16),
 ];
+
+/// About the largest value of a block whose `d` is 1.
+fn largest(kind: BlockFormat) -> f32 {
+    match kind {
+        BlockFormat::Q8_0 => 127.0,
+        BlockFormat::Q4K => 7.5 * 40.0,
+        BlockFormat::Q6K => 32.0 * 80.0,
+        BlockFormat::Mxfp4 => 1.0,
+    }
+}
 
 /// One tile with random weights of deviation about `1/sqrt(cols)`; rows and columns beyond the matrix are zero.
 fn fill_tile(rng: &mut Rng, layout: &PackedLayout, rows: usize, tile: &mut [u8]) {
@@ -81,7 +99,7 @@ fn fill_tile(rng: &mut Rng, layout: &PackedLayout, rows: usize, tile: &mut [u8])
                     *byte = if i / 4 % 16 < rows { rng.bits() as u8 } else { 0 };
                 }
                 for r in 0..rows {
-                    let top = if bits == 4 { 15.0 } else { 255.0 };
+                    let top = ((1 << bits) - 1) as f32;
                     let scale = (1.0 + 0.5 * rng.unit()) * 3.5 * size / top;
                     let bias = -scale * top / 2.0 * (1.0 + 0.2 * rng.unit());
                     for (i, x) in [scale, bias].into_iter().enumerate() {
@@ -102,13 +120,14 @@ fn fill_tile(rng: &mut Rng, layout: &PackedLayout, rows: usize, tile: &mut [u8])
                     *byte = if i / 4 % 16 < rows { rng.bits() as u8 } else { 0 };
                 }
                 // Bytes of scales (and minima), then halves: `d` (and `dmin`).
-                let (bytes, halves, d) = match kind {
-                    BlockFormat::Q8_0 => (0, 1, 3.5 * size / 127.0),
-                    BlockFormat::Q4K => (2 * 8, 2, 3.5 * size / (7.5 * 40.0)),
-                    BlockFormat::Q6K => (16, 1, 3.5 * size / (32.0 * 80.0)),
-                };
+                let [bytes, halves] = kind.params();
+                let d = 3.5 * size / largest(kind);
                 for byte in &mut block[lines..lines + bytes * 16] {
-                    *byte = if kind == BlockFormat::Q4K { rng.below(64) as u8 } else { rng.bits() as u8 };
+                    *byte = match kind {
+                        BlockFormat::Q4K => rng.below(64) as u8,
+                        BlockFormat::Mxfp4 => 121 + rng.below(3) as u8,
+                        _ => rng.bits() as u8,
+                    };
                 }
                 for (i, half) in block[lines + bytes * 16..].chunks_exact_mut(2).enumerate() {
                     let d = if i / 16 == 0 { d } else { 7.5 * d };

@@ -1,9 +1,10 @@
-//! MLX's affine groups: `x = scale·q + bias`, `q` an unsigned integer of 4 or 8 bits, packed little-endian into u32
-//! words along the input.
+//! MLX's affine groups: `x = scale·q + bias`, `q` an unsigned integer of 2 to 8 bits, a little-endian stream of bits along
+//! the input.
 
 use half::{bf16, f16};
 
 use crate::format::ScaleType;
+use crate::packed::UNIT;
 
 /// Parts of the range of a group that are tried when quantising to 4 bits: clipping the ends can lower the error.
 const SHRINK: [f32; 6] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75];
@@ -152,20 +153,31 @@ pub fn quantise_row(row: &[f32], bits: u8, group: usize, ty: ScaleType, data: &m
     Ok(())
 }
 
-/// The inverse of [`quantise_row`]: `fma(scale, q, bias)` in f32.
+/// The numbers of 32 columns of a stream of `bits` bits each.
+pub(crate) fn numbers(bits: u8, stream: &[u8]) -> [u8; UNIT] {
+    let mut out = [0; UNIT];
+    // Eight numbers take as many bytes as one has bits.
+    for (out, bytes) in out.chunks_exact_mut(8).zip(stream.chunks_exact(bits.into())) {
+        let mut word = [0; 8];
+        word[..bytes.len()].copy_from_slice(bytes);
+        let word = u64::from_le_bytes(word);
+        for (i, q) in out.iter_mut().enumerate() {
+            *q = (word >> (i * usize::from(bits))) as u8 & u8::MAX >> (8 - bits);
+        }
+    }
+    out
+}
+
+/// The inverse of [`quantise_row`], for 2, 3, 5 and 6 bits too: `fma(scale, q, bias)` in f32.
 pub fn dequantise_row(bits: u8, group: usize, ty: ScaleType, data: &[u8], scales: &[u8], biases: &[u8], out: &mut [f32]) {
     let width = ty.bytes();
     let params = scales.chunks_exact(width).zip(biases.chunks_exact(width));
     let groups = data.chunks_exact(group * usize::from(bits) / 8).zip(params).zip(out.chunks_exact_mut(group));
     for ((data, (scale, bias)), out) in groups {
         let (scale, bias) = (get(ty, scale), get(ty, bias));
-        if bits == 8 {
-            for (x, &byte) in out.iter_mut().zip(data) {
-                *x = scale.mul_add(f32::from(byte), bias);
-            }
-        } else {
-            for (pair, &byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(data) {
-                *pair = [scale.mul_add(f32::from(byte & 15), bias), scale.mul_add(f32::from(byte >> 4), bias)];
+        for (data, out) in data.chunks_exact(UNIT * usize::from(bits) / 8).zip(out.chunks_exact_mut(UNIT)) {
+            for (x, q) in out.iter_mut().zip(numbers(bits, data)) {
+                *x = scale.mul_add(f32::from(q), bias);
             }
         }
     }

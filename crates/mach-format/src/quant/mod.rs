@@ -1,9 +1,11 @@
 //! Quantised block formats, one file each.
 
 pub mod affine;
+pub(crate) mod mxfp4;
 pub(crate) mod q4_k;
 pub(crate) mod q6_k;
 pub(crate) mod q8_0;
+pub(crate) mod units;
 
 use half::f16;
 
@@ -22,8 +24,10 @@ pub(crate) struct Codec {
     pub(crate) pack: fn(&[u8], &mut [u8], usize),
 }
 
+static MXFP4: Codec = units::codec::<mxfp4::Mxfp4>();
+
 /// Every block type that has kernels.
-static CODECS: [&Codec; 3] = [&q8_0::CODEC, &q4_k::CODEC, &q6_k::CODEC];
+static CODECS: [&Codec; 4] = [&q8_0::CODEC, &q4_k::CODEC, &q6_k::CODEC, &MXFP4];
 
 /// The format of a GGUF type, if it can be computed with.
 pub(crate) fn block_format(ggml: u32) -> Option<BlockFormat> {
@@ -40,6 +44,7 @@ pub(crate) fn codec(format: BlockFormat) -> &'static Codec {
         BlockFormat::Q8_0 => &q8_0::CODEC,
         BlockFormat::Q4K => &q4_k::CODEC,
         BlockFormat::Q6K => &q6_k::CODEC,
+        BlockFormat::Mxfp4 => &MXFP4,
     }
 }
 
@@ -59,6 +64,15 @@ pub(crate) fn pack_tile(format: BlockFormat, rows: &[u8], row_bytes: usize, pack
         for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
             pack(&row[b * source..][..source], out, r);
         }
+    }
+}
+
+/// Half of `2^(e − 127)`, the scale of doubled numbers; 255 is no number.
+pub(crate) fn e8m0_half(e: u8) -> f32 {
+    match e {
+        0 | 1 => f32::from_bits(0x0020_0000 << e),
+        255 => f32::NAN,
+        _ => f32::from_bits(u32::from(e - 1) << 23),
     }
 }
 
@@ -88,8 +102,6 @@ mod tests {
     use crate::format::WeightFormat;
     use crate::packed::PackedLayout;
 
-    const FORMATS: [BlockFormat; 3] = [BlockFormat::Q8_0, BlockFormat::Q4K, BlockFormat::Q6K];
-
     /// Protects the lossless way from blocks to tiles: every element of a tile is the value that its block says, for
     /// full and for short tiles.
     #[test]
@@ -99,20 +111,22 @@ mod tests {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (seed >> 24) as u8
         };
-        for format in FORMATS {
+        for format in CODECS.map(|c| c.format) {
             for rows in [1, 5, 16] {
                 let (cols, source) = (512, format.source_bytes());
                 let layout = PackedLayout::new(rows, cols, WeightFormat::Block(format));
                 let row_bytes = cols / format.columns() * source;
                 let mut data: Vec<u8> = (0..rows * row_bytes).map(|_| byte()).collect();
                 for block in data.chunks_exact_mut(source) {
-                    // Halves of a sane size where the scales lie.
-                    for at in match format {
-                        BlockFormat::Q8_0 => vec![1],
-                        BlockFormat::Q4K => vec![1, 3],
-                        BlockFormat::Q6K => vec![209],
-                    } {
-                        block[at] = 0x20 | block[at] & 0x0f;
+                    // Halves (and exponents) of a sane size where the scales lie.
+                    let (high, places): (u8, &[usize]) = match format {
+                        BlockFormat::Q8_0 => (0x20, &[1]),
+                        BlockFormat::Q4K => (0x20, &[1, 3]),
+                        BlockFormat::Q6K => (0x20, &[209]),
+                        BlockFormat::Mxfp4 => (0x70, &[0]),
+                    };
+                    for &at in places {
+                        block[at] = high | block[at] & 0x0f;
                     }
                 }
                 let mut tile = vec![0; layout.tile_bytes()];
@@ -137,7 +151,7 @@ mod tests {
     /// Protects the table: every format is found by its number.
     #[test]
     fn formats_have_numbers() {
-        for format in FORMATS {
+        for format in CODECS.map(|c| c.format) {
             assert_eq!(block_format(ggml_type(format)), Some(format));
         }
         assert_eq!(block_format(0), None);

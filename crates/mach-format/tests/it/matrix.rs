@@ -66,7 +66,7 @@ fn affine(n: usize, bits: u32, group: usize, ty: &str) -> (Vec<u8>, Vec<f32>, Ve
 
 #[test]
 fn mlx_affine_weights_pack_exactly() {
-    for bits in [4, 8] {
+    for bits in [2, 3, 4, 5, 6, 8] {
         for group in [32, 64, 128] {
             for ty in ["F16", "BF16", "F32"] {
                 let (rows, cols) = (21, 256);
@@ -98,9 +98,10 @@ fn an_override_by_path_beats_the_general_entry() {
     assert_eq!(code(&json!({})), Some("quantisation-mismatch"), "no quantization at all");
     assert_eq!(code(&entry(json!(false))), Some("quantisation-mismatch"));
     assert_eq!(code(&entry(json!(true))), Some("quantisation-mismatch"), "8-bit data, 4 bits by the config");
-    assert_eq!(code(&entry(json!({ "bits": 6 }))), Some("unsupported-quantisation"));
+    assert_eq!(code(&entry(json!({ "bits": 6 }))), Some("quantisation-mismatch"));
+    assert_eq!(code(&entry(json!({ "bits": 7 }))), Some("unsupported-quantisation"));
     assert_eq!(code(&entry(json!({ "bits": 8, "group_size": 16 }))), Some("unsupported-quantisation"));
-    assert_eq!(code(&entry(json!({ "bits": 8, "mode": "mxfp8" }))), Some("unsupported-quantisation"));
+    assert_eq!(code(&entry(json!({ "bits": 8, "mode": "mxfp8" }))), Some("quantisation-mismatch"));
 }
 
 #[test]
@@ -119,7 +120,55 @@ fn scales_must_fit_their_words() {
     assert_eq!(code(&|t| t[1].shape = vec![8, 4]), Some("wrong-shape"));
     assert_eq!(code(&|t| (t[1].shape, t[2].shape) = (vec![8, 4], vec![8, 4])), Some("wrong-shape"));
     assert_eq!(code(&|t| t[0] = tensor("m.weight", "U32", &[16, 8], vec![0; 512])), Some("quantisation-mismatch"));
-    assert_eq!(code(&|t| t[1] = tensor("m.scales", "U8", &[16, 2], vec![0; 32])), Some("unsupported-quantisation"));
+    assert_eq!(code(&|t| t[1] = tensor("m.scales", "U8", &[16, 2], vec![0; 32])), Some("quantisation-mismatch"), "affine by the config");
+    assert_eq!(code(&|t| t[1].dtype = "I32"), Some("unsupported-quantisation"));
+}
+
+/// Protects the three ways in which checkpoints keep MXFP4: the same bytes give the same values, those of the format.
+#[test]
+fn mxfp4_is_read_as_every_publisher_stores_it() {
+    let (experts, rows, cols) = (2, 21, 96);
+    let n = experts * rows * cols;
+    let bytes: Vec<u8> = weights(n / 2, 1).iter().map(|x| (x.abs() * 1e6) as u8).collect();
+    let exponents: Vec<u8> = (0..n / 32).map(|i| [0, 1, 2, 100, 127, 130, 254][i % 7]).collect();
+    let numbers = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    let value = |i: usize| {
+        let q = bytes[i / 2] >> (i % 2 * 4) & 15;
+        let x = numbers[usize::from(q & 7)] * 2f64.powi(i32::from(exponents[i / 32]) - 127);
+        if q > 7 { -x as f32 } else { x as f32 }
+    };
+    let values: Vec<f32> = (0..n).map(value).collect();
+    let own = |name: &str, dtype, shape: &[usize], data: &[u8]| tensor(name, dtype, shape, data.to_vec());
+    let stack = |last: &[usize]| [&[experts, rows], last].concat();
+    let tensors = [
+        own("oss_blocks", "U8", &stack(&[cols / 32, 16]), &bytes),
+        own("oss_scales", "U8", &stack(&[cols / 32]), &exponents),
+        own("mlx.weight", "U32", &stack(&[cols / 8]), &bytes),
+        own("mlx.scales", "U8", &stack(&[cols / 32]), &exponents),
+        own("ds.weight", "I8", &[rows, cols / 2], &bytes[..rows * cols / 2]),
+        own("ds.scale", "F8_E8M0", &[rows, cols / 32], &exponents[..rows * cols / 32]),
+    ];
+    let dir = tempdir().unwrap();
+    let ck = open(dir.path(), &json!({ "quantization": { "mode": "mxfp4", "bits": 4, "group_size": 32 } }), &tensors);
+    for name in ["oss", "mlx"] {
+        let m = ck.matrix(name).unwrap();
+        assert_eq!((m.leading(), m.rows(), m.cols(), m.bytes()), (Some(experts), rows, cols, (n / 2 + n / 32) as u64), "{name}");
+        check(&m.expert(1), &values[rows * cols..]);
+        check(&m.expert(1).rows_range(3..20), &values[(rows + 3) * cols..][..17 * cols]);
+    }
+    check(&ck.matrix("ds").unwrap(), &values[..rows * cols]);
+
+    let code = |change: &dyn Fn(&mut Vec<Tensor>)| {
+        let dir = tempdir().unwrap();
+        let mut tensors = vec![own("oss_blocks", "U8", &stack(&[3, 16]), &bytes), own("oss_scales", "U8", &stack(&[3]), &exponents)];
+        change(&mut tensors);
+        open(dir.path(), &json!({}), &tensors).matrix("oss").err().map(|e| e.code())
+    };
+    assert_eq!(code(&|_| ()), None);
+    assert_eq!(code(&|t| drop(t.pop())), Some("missing-tensor"));
+    assert_eq!(code(&|t| t[1].shape = vec![experts, 3, rows]), Some("wrong-shape"));
+    assert_eq!(code(&|t| t[1].dtype = "I8"), Some("wrong-dtype"));
+    assert_eq!(code(&|t| t[0].shape = stack(&[6, 8])), Some("wrong-shape"));
 }
 
 #[test]

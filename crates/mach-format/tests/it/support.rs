@@ -48,11 +48,12 @@ pub fn mlx(module: &str, shape: &[usize], bits: usize, q: &[u8], scales: &[f32],
     let cols = shape[shape.len() - 1];
     let group = q.len() / scales.len();
     let with_last = |n: usize| [&shape[..shape.len() - 1], &[n]].concat();
-    let mut words = vec![0u32; q.len() * bits / 32];
+    let mut data = vec![0u8; q.len() * bits / 8];
     for (i, level) in q.iter().enumerate() {
-        words[i * bits / 32] |= u32::from(*level) << (i * bits % 32);
+        for bit in 0..bits {
+            data[(i * bits + bit) / 8] |= (level >> bit & 1) << ((i * bits + bit) % 8);
+        }
     }
-    let data = words.iter().flat_map(|w| w.to_le_bytes()).collect();
     [
         tensor(&format!("{module}.weight"), "U32", &with_last(cols * bits / 32), data),
         plain(&format!("{module}.scales"), ty, &with_last(cols / group), scales),

@@ -151,6 +151,7 @@ fn headers(format: BlockFormat, std: f32, random: &mut Xorshift) -> Vec<Vec<u8>>
             out.extend((4..8).map(|j| sc[j] & 15 | (sc[j] & 15) << 4));
             out
         }
+        other => unreachable!("no random {} blocks are written", other.name()),
     };
     (0..HEADERS).map(|_| one()).collect()
 }

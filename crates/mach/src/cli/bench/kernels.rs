@@ -26,12 +26,17 @@ const fn affine(bits: u8) -> WeightFormat {
 }
 
 /// Formats by the names that `--format` takes.
-const FORMATS: [(&str, WeightFormat); 8] = [
+const FORMATS: [(&str, WeightFormat); 13] = [
     ("affine-4", affine(4)),
     ("affine-8", affine(8)),
     ("q4_k", WeightFormat::Block(BlockFormat::Q4K)),
     ("q6_k", WeightFormat::Block(BlockFormat::Q6K)),
     ("q8_0", WeightFormat::Block(BlockFormat::Q8_0)),
+    ("mxfp4", WeightFormat::Block(BlockFormat::Mxfp4)),
+    ("affine-2", affine(2)),
+    ("affine-3", affine(3)),
+    ("affine-5", affine(5)),
+    ("affine-6", affine(6)),
     ("bf16", WeightFormat::BF16),
     ("f16", WeightFormat::F16),
     ("f32", WeightFormat::F32),
@@ -164,6 +169,8 @@ fn weights(rows: usize, cols: usize, format: WeightFormat) -> PackedMatrix {
         let block = i % layout.tile_bytes() % layout.block_bytes().max(1);
         *byte = match format.is_quantised() {
             true if block < layout.line_bytes() => random.next() as u8,
+            // Halves near 0.02, exponents near 2^-8.
+            true if format == WeightFormat::Block(BlockFormat::Mxfp4) => 119,
             true => 0x24,
             // The byte with the exponent keeps magnitudes near each other.
             false if i % 2 == 1 => 0x2c,

@@ -1,0 +1,252 @@
+//! How weights lie in a checkpoint, recognised by the tensors that are there and their types; what a configuration says
+//! of quantisation only checks it.
+
+use std::sync::Arc;
+
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use crate::checkpoint::{Checkpoint, ElementType, PlainType, TensorInfo};
+use crate::error::FormatError;
+use crate::format::{BlockFormat, ScaleType, WeightFormat};
+use crate::matrix::{Matrix, Plane, Source};
+use crate::packed::PackedLayout;
+use crate::quant::mxfp4;
+
+/// How the rows of a matrix are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stored {
+    /// As tiles are packed of them.
+    Rows,
+    /// MXFP4: neighbours in a byte, exponents apart.
+    Mxfp4,
+}
+
+impl Stored {
+    /// Rows as tiles are packed of them.
+    pub(crate) fn rows(self, [data, scales, biases]: [Vec<u8>; 3]) -> [Vec<u8>; 3] {
+        match self {
+            Self::Rows => [data, scales, biases],
+            Self::Mxfp4 => [mxfp4::join(&data, &scales), Vec::new(), Vec::new()],
+        }
+    }
+}
+
+/// A tensor that belongs to a matrix.
+struct Part<'a> {
+    name: String,
+    info: &'a TensorInfo,
+}
+
+/// Dimensions of a weight: a stack or not, rows, and what is left.
+struct Shape {
+    leading: Option<usize>,
+    rows: usize,
+    width: usize,
+}
+
+impl Shape {
+    /// One to three dimensions; a single one is a row.
+    fn of(name: &str, info: &TensorInfo, dims: &[usize]) -> Result<Self, FormatError> {
+        let (leading, rows, width) = match *dims {
+            [width] => (None, 1, width),
+            [rows, width] => (None, rows, width),
+            [leading, rows, width] => (Some(leading), rows, width),
+            _ => return Err(shape_error(name, "1 to 3 dimensions", info)),
+        };
+        if info.shape.contains(&0) {
+            return Err(shape_error(name, "no empty dimension", info));
+        }
+        Ok(Self { leading, rows, width })
+    }
+
+    fn all_rows(&self) -> usize {
+        self.rows * self.leading.unwrap_or(1)
+    }
+}
+
+impl Checkpoint {
+    /// The weight of a module, however it is stored: `{prefix}.weight`, or `prefix` itself where a tensor has that name, alone or
+    /// with what belongs to its quantisation (`.scales` and `.biases` of MLX, `.scale` of DeepSeek, `{prefix}_blocks` and
+    /// `{prefix}_scales` of gpt-oss). Two dimensions, or three for a stack of experts; one is a single row.
+    ///
+    /// # Errors
+    /// A missing tensor, another number of dimensions, a type or quantisation that is not read, shapes that do not
+    /// fit each other or the `quantization` of the configuration.
+    pub fn matrix(&self, prefix: &str) -> Result<Matrix, FormatError> {
+        let blocks = format!("{prefix}_blocks");
+        if self.tensor(&blocks).is_some() {
+            return self.blocks_and_scales(prefix, blocks);
+        }
+        let dotted = format!("{prefix}.weight");
+        let name = if self.tensor(&dotted).is_none() && self.tensor(prefix).is_some() { prefix.to_owned() } else { dotted };
+        let info = self.require(&name)?;
+        let shape = Shape::of(&name, info, &info.shape)?;
+        let data = Part { name, info };
+        let unsupported =
+            || FormatError::UnsupportedQuantisation { tensor: data.name.clone(), what: format!("{:?} weights{}", info.dtype, self.quant_method()) };
+        let (format, cols) = match info.dtype {
+            ElementType::Plain(Dtype::U32) => return self.mlx(prefix, data, &shape),
+            ElementType::Plain(Dtype::I8) if self.tensor(&format!("{prefix}.scale")).is_some() => {
+                let scales = self.part(format!("{prefix}.scale"))?;
+                return self.mxfp4(data, &shape, shape.width * 2, scales);
+            }
+            ElementType::Plain(Dtype::U8) => {
+                let block = self.block_mode(prefix).ok_or_else(unsupported)?;
+                if !shape.width.is_multiple_of(block.source_bytes()) {
+                    return Err(shape_error(&data.name, &format!("rows of whole {} blocks", block.name()), info));
+                }
+                (WeightFormat::Block(block), shape.width / block.source_bytes() * block.columns())
+            }
+            ElementType::Block(ty) => (WeightFormat::Block(ty.block().ok_or_else(unsupported)?), shape.width),
+            _ if info.dtype.is_float() => (
+                match PlainType::of(&data.name, info.dtype)? {
+                    PlainType::F32 => WeightFormat::F32,
+                    PlainType::F16 => WeightFormat::F16,
+                    PlainType::BF16 => WeightFormat::BF16,
+                },
+                shape.width,
+            ),
+            _ => return Err(unsupported()),
+        };
+        Ok(self.whole(&shape, cols, format, Stored::Rows, vec![data]))
+    }
+
+    fn part(&self, name: String) -> Result<Part<'_>, FormatError> {
+        Ok(Part { info: self.require(&name)?, name })
+    }
+
+    /// A matrix whose tensors all have a row for each of its rows.
+    fn whole(&self, shape: &Shape, cols: usize, format: WeightFormat, stored: Stored, parts: Vec<Part<'_>>) -> Matrix {
+        let mut planes = [None; 3];
+        for (plane, part) in planes.iter_mut().zip(&parts) {
+            let row_bytes = part.info.bytes as usize / shape.all_rows();
+            *plane = Some(Plane { file: part.info.file, offset: part.info.offset, row_bytes });
+        }
+        let parts = parts.into_iter().map(|part| part.name).collect();
+        Matrix {
+            source: Arc::new(Source { files: Arc::clone(&self.files), parts, planes, stored }),
+            layout: PackedLayout::new(shape.rows, cols, format),
+            leading: shape.leading,
+            first: 0,
+        }
+    }
+
+    /// E2M1 numbers, neighbours in a byte, with exponents for every 32 columns.
+    fn mxfp4(&self, data: Part<'_>, shape: &Shape, cols: usize, scales: Part<'_>) -> Result<Matrix, FormatError> {
+        if !matches!(scales.info.dtype, ElementType::Plain(Dtype::U8 | Dtype::F8_E8M0)) {
+            return Err(FormatError::Dtype { tensor: scales.name, expected: "U8 or F8_E8M0", got: format!("{:?}", scales.info.dtype) });
+        }
+        let expected: Vec<usize> = shape.leading.into_iter().chain([shape.rows, cols / 32]).collect();
+        if !cols.is_multiple_of(32) || scales.info.shape != expected {
+            return Err(shape_error(&scales.name, &format!("{expected:?}, an exponent for every 32 of {cols} columns"), scales.info));
+        }
+        Ok(self.whole(shape, cols, WeightFormat::Block(BlockFormat::Mxfp4), Stored::Mxfp4, vec![data, scales]))
+    }
+
+    /// gpt-oss: `[.., rows, groups, 16]` bytes beside `[.., rows, groups]` exponents.
+    fn blocks_and_scales(&self, prefix: &str, blocks: String) -> Result<Matrix, FormatError> {
+        let (data, scales) = (self.part(blocks)?, self.part(format!("{prefix}_scales"))?);
+        let ([outer @ .., groups, 16], ElementType::Plain(Dtype::U8)) = (&data.info.shape[..], data.info.dtype) else {
+            return Err(shape_error(&data.name, "bytes [.., rows, groups, 16]", data.info));
+        };
+        let dims: Vec<usize> = outer.iter().copied().chain([groups * 16]).collect();
+        let shape = Shape::of(&data.name, data.info, &dims)?;
+        self.mxfp4(data, &shape, shape.width * 2, scales)
+    }
+
+    fn quant_method(&self) -> String {
+        let method = self.config().get("quantization_config").and_then(|q| q.get("quant_method")).and_then(Value::as_str);
+        method.map_or(String::new(), |m| format!(" (quant_method {m})"))
+    }
+
+    /// The block format that a pack of a GGUF file gives for the bytes of a module.
+    fn block_mode(&self, prefix: &str) -> Option<BlockFormat> {
+        let mode = self.config().get("quantization")?.get(prefix)?.get("mode")?;
+        serde_json::from_value(mode.clone()).ok()
+    }
+
+    /// Words of MLX with their scales: floating-point modes have bytes for scales, affine ones numbers and biases.
+    fn mlx(&self, prefix: &str, data: Part<'_>, shape: &Shape) -> Result<Matrix, FormatError> {
+        let scales = self.part(format!("{prefix}.scales"))?;
+        let (outer, last) = scales.info.shape.split_at(scales.info.shape.len().saturating_sub(1));
+        let expected = &data.info.shape[..data.info.shape.len() - 1];
+        let &[groups] = last else { return Err(shape_error(&scales.name, &format!("{expected:?} and the groups"), scales.info)) };
+        if outer != expected || groups == 0 {
+            return Err(shape_error(&scales.name, &format!("{expected:?} and the groups"), scales.info));
+        }
+        let scale_type = match scales.info.dtype {
+            ElementType::Plain(Dtype::F16) => ScaleType::F16,
+            ElementType::Plain(Dtype::BF16) => ScaleType::BF16,
+            ElementType::Plain(Dtype::F32) => ScaleType::F32,
+            ElementType::Plain(Dtype::U8) => return self.mlx_float(prefix, data, shape, scales, groups),
+            other => return Err(FormatError::UnsupportedQuantisation { tensor: data.name, what: format!("scales of type {other:?}") }),
+        };
+        let (bits, group) = self.affine_groups(prefix, &data.name, shape.width, groups)?;
+        let biases = self.part(format!("{prefix}.biases"))?;
+        if (biases.info.dtype, &biases.info.shape) != (scales.info.dtype, &scales.info.shape) {
+            return Err(shape_error(&biases.name, &format!("that of the scales, {:?}", scales.info.shape), biases.info));
+        }
+        let format = WeightFormat::Affine { bits: bits as u8, group: group as u16, scales: scale_type };
+        Ok(self.whole(shape, groups * group, format, Stored::Rows, vec![data, scales, biases]))
+    }
+
+    /// Bits and columns of a group are told apart by their words alone: 4 and 32, 4 and 16, 8 and 32.
+    fn mlx_float(&self, prefix: &str, data: Part<'_>, shape: &Shape, scales: Part<'_>, groups: usize) -> Result<Matrix, FormatError> {
+        let says = self.mlx_field(prefix, "mode").and_then(Value::as_str);
+        let mode = match shape.width {
+            words if words == groups * 4 => "mxfp4",
+            words => return Err(mismatch(&data.name, says.unwrap_or("no mode"), format!("{words} words of 32 bits for {groups} groups"))),
+        };
+        if let Some(says) = says.filter(|says| *says != mode) {
+            return Err(mismatch(&data.name, format!("the mode {says}"), format!("{mode}: {} words of 32 bits for {groups} groups", shape.width)));
+        }
+        self.mxfp4(data, shape, shape.width * 8, scales)
+    }
+
+    fn mlx_quantization(&self) -> Option<&Map<String, Value>> {
+        ["quantization", "quantization_config"].iter().find_map(|key| self.config().get(key)?.as_object())
+    }
+
+    /// What the configuration says of a module: an exact path wins over the general entry.
+    fn mlx_field(&self, prefix: &str, key: &str) -> Option<&Value> {
+        let quantization = self.mlx_quantization()?;
+        quantization.get(prefix).and_then(|own| own.get(key)).or_else(|| quantization.get(key))
+    }
+
+    /// Bits and columns of a group, as the configuration names them; the shapes of words and scales must agree.
+    fn affine_groups(&self, prefix: &str, name: &str, words: usize, groups: usize) -> Result<(usize, usize), FormatError> {
+        let unsupported = |what: String| FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what };
+        let packed = || "packed words with scales".to_owned();
+        match self.mlx_quantization() {
+            None => return Err(mismatch(name, "nothing (no quantization)", packed())),
+            Some(quantization) if quantization.get(prefix) == Some(&Value::Bool(false)) => return Err(mismatch(name, "not quantised", packed())),
+            _ => {}
+        }
+        if let Some(mode) = self.mlx_field(prefix, "mode").and_then(Value::as_str).filter(|m| *m != "affine") {
+            return Err(mismatch(name, format!("the mode {mode}"), "affine: scales that are no bytes".to_owned()));
+        }
+        let number = |key: &str| self.mlx_field(prefix, key).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
+        let (Some(bits), Some(group)) = (number("bits"), number("group_size")) else {
+            return Err(mismatch(name, "no bits and group_size", packed()));
+        };
+        if !matches!(bits, 2..=6 | 8) {
+            return Err(unsupported(format!("{bits} bits")));
+        }
+        if !matches!(group, 32 | 64 | 128) {
+            return Err(unsupported(format!("groups of {group}")));
+        }
+        if words * 32 != groups * group * bits {
+            return Err(mismatch(name, format!("{bits} bits in groups of {group}"), format!("{words} words of 32 bits for {groups} groups")));
+        }
+        Ok((bits, group))
+    }
+}
+
+fn mismatch(tensor: &str, expected: impl Into<String>, got: String) -> FormatError {
+    FormatError::QuantisationMismatch { tensor: tensor.to_owned(), expected: expected.into(), got }
+}
+
+fn shape_error(tensor: &str, expected: &str, info: &TensorInfo) -> FormatError {
+    FormatError::Shape { tensor: tensor.to_owned(), expected: expected.to_owned(), got: info.shape.clone() }
+}
