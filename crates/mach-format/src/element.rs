@@ -3,6 +3,7 @@
 use crate::format::{BlockFormat, Codes, E2M1, ScaleType, WeightFormat};
 use crate::packed::{PackedLayout, TILE_ROWS, UNIT};
 use crate::quant::e8m0_half;
+use crate::quant::fp8::e4m3;
 
 impl PackedLayout {
     /// Reads element `(row, col)` out of one tile. `tile` has `tile_bytes()` bytes, `row` is 0..16 within the tile.
@@ -22,10 +23,15 @@ impl PackedLayout {
                 let q = f32::from(self.number(lines, row, within));
                 read_scale(params, row, scales).mul_add(q, read_scale(&params[TILE_ROWS * scales.bytes()..], row, scales))
             }
+            WeightFormat::Fp8 { scales, .. } => {
+                let (lines, params, within) = self.block(tile, col);
+                read_scale(params, row, scales) * e4m3(lines[(within / 4 * TILE_ROWS + row) * 4 + within % 4])
+            }
             WeightFormat::Block(block) => {
                 let (lines, params, within) = self.block(tile, col);
                 let q = f32::from(self.number(lines, row, within));
                 let (scale, min) = scale(block, params, row, within);
+                let scale = if block == BlockFormat::Nvfp4 { scale * read_scale(&tile[tile.len() - TILE_ROWS * 4..], row, ScaleType::F32) } else { scale };
                 if block.offset() == 0 { scale.mul_add(q, -min) } else { scale * (q - f32::from(block.offset())) }
             }
         }
@@ -68,6 +74,7 @@ fn scale(block: BlockFormat, params: &[u8], row: usize, within: usize) -> (f32, 
         BlockFormat::Q4K => (half(0) * f32::from(byte(within / 32)), half(1) * f32::from(byte(8 + within / 32))),
         BlockFormat::Q6K => (half(0) * f32::from(byte(within / 16) as i8), 0.0),
         BlockFormat::Mxfp4 => (e8m0_half(byte(0)), 0.0),
+        BlockFormat::Nvfp4 => (e4m3(byte(within / 16)) * 0.5, 0.0),
     }
 }
 

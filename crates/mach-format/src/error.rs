@@ -121,7 +121,7 @@ pub enum FormatError {
     },
     /// A quantisation that is recognised and not supported.
     #[error(
-        "tensor {tensor} uses {what}, which is not supported (supported: F32, F16, BF16, MXFP4, affine 2 to 8 bits in groups of 32, 64, 128, and Q8_0, Q4_K, Q6_K, MXFP4 of GGUF)"
+        "tensor {tensor} uses {what}, which is not supported (supported: F32, F16, BF16, MXFP4, NVFP4, FP8 (E4M3), affine 2 to 8 bits in groups of 32, 64, 128, and Q8_0, Q4_K, Q6_K, MXFP4 of GGUF)"
     )]
     UnsupportedQuantisation {
         /// The tensor.

@@ -40,6 +40,9 @@ pub enum BlockFormat {
     /// 32 columns: `2^(e − 127)` times E2M1 numbers. GGUF's MXFP4, gpt-oss's blocks and scales, DeepSeek's FP4, MLX's mxfp4.
     #[serde(rename = "mxfp4")]
     Mxfp4,
+    /// 32 columns in 2 groups: E4M3 scales times an f32 of the tensor, times E2M1 numbers.
+    #[serde(rename = "nvfp4")]
+    Nvfp4,
 }
 
 /// How the lines of a packed tile hold the numbers of 32 columns; see [`packed`](crate::packed).
@@ -84,6 +87,7 @@ impl BlockFormat {
             Self::Q4K => facts("q4_K", [256, 32, 144], Codes::Bits(4), 0, [16, 2]),
             Self::Q6K => facts("q6_K", [256, 16, 210], Codes::Bits(6), 32, [16, 1]),
             Self::Mxfp4 => facts("mxfp4", [32, 32, 17], Codes::E2m1, 16, [1, 0]),
+            Self::Nvfp4 => facts("nvfp4", [32, 16, 18], Codes::E2m1, 16, [2, 0]),
         }
     }
 
@@ -145,9 +149,21 @@ pub enum WeightFormat {
     },
     /// Blocks.
     Block(BlockFormat),
+    /// 8-bit floats (E4M3), each group of columns of a row with a scale. Products take f32 activations.
+    Fp8 {
+        /// 32, 64 or 128 columns.
+        group: u16,
+        /// Type of the scales.
+        scales: ScaleType,
+    },
 }
 
 impl WeightFormat {
+    /// Whether every element is a number of its own, without a scale.
+    pub const fn is_plain(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::BF16)
+    }
+
     /// Whether products use integer activations on backends that quantise them.
     pub const fn is_quantised(self) -> bool {
         matches!(self, Self::Affine { .. } | Self::Block(_))
@@ -162,6 +178,7 @@ impl std::fmt::Display for WeightFormat {
             Self::BF16 => f.write_str("bf16"),
             Self::Block(block) => f.write_str(block.name()),
             Self::Affine { bits, group, .. } => write!(f, "affine {bits}-bit g{group}"),
+            Self::Fp8 { group, .. } => write!(f, "fp8 g{group}"),
         }
     }
 }

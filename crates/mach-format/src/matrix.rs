@@ -11,6 +11,7 @@ use crate::disk::{expect_pages, forget_pages};
 use crate::error::FormatError;
 use crate::format::WeightFormat;
 use crate::packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
+use crate::quant::fp8::e4m3;
 use crate::quant::{self, affine};
 use crate::source::Stored;
 use crate::tile::{pack_tile, row_bytes};
@@ -24,6 +25,21 @@ pub(crate) struct Plane {
     pub(crate) file: usize,
     pub(crate) offset: u64,
     pub(crate) row_bytes: usize,
+    /// Rows of the weight that share a row of the plane. Matrices of a stack share none.
+    pub(crate) rows_per: usize,
+}
+
+impl Plane {
+    /// Where a row of the weight has its own, in matrices of `rows` rows.
+    fn row(&self, rows: usize, row: usize) -> usize {
+        row / rows * rows.div_ceil(self.rows_per) + row % rows / self.rows_per
+    }
+
+    /// The bytes of a range of the weight's rows, which is not empty: where they begin and how many they are.
+    fn range(&self, rows: usize, range: &Range<usize>) -> (u64, usize) {
+        let (first, last) = (self.row(rows, range.start), self.row(rows, range.end - 1));
+        (self.offset + (first * self.row_bytes) as u64, (last + 1 - first) * self.row_bytes)
+    }
 }
 
 /// The tensors of a weight.
@@ -31,8 +47,10 @@ pub(crate) struct Source {
     pub(crate) files: Arc<Files>,
     /// Their names, the one with the data first.
     pub(crate) parts: Vec<String>,
-    /// Data, scales, biases: a row for each of the weight's, of all matrices of a stack.
+    /// Data, scales, biases.
     pub(crate) planes: [Option<Plane>; 3],
+    /// Rows of one matrix.
+    pub(crate) rows: usize,
     pub(crate) stored: Stored,
 }
 
@@ -87,8 +105,14 @@ impl Matrix {
 
     /// Bytes on disk, scales and biases included, of the whole stack.
     pub fn bytes(&self) -> u64 {
-        let row: usize = self.source.planes.iter().flatten().map(|plane| plane.row_bytes).sum();
-        (self.rows() * self.leading.unwrap_or(1)) as u64 * row as u64
+        let rows = self.all_rows();
+        let planes = self.source.planes.iter().flatten().filter(|_| !rows.is_empty());
+        planes.map(|plane| plane.range(self.source.rows, &rows).1 as u64).sum()
+    }
+
+    /// Its rows, of the whole stack, among those of the tensors.
+    fn all_rows(&self) -> Range<usize> {
+        self.first..self.first + self.rows() * self.leading.unwrap_or(1)
     }
 
     /// Number of matrices of a stack, `None` for a single matrix.
@@ -125,12 +149,31 @@ impl Matrix {
     fn read_rows(&self, rows: Range<usize>) -> Result<[Vec<u8>; 3], FormatError> {
         let mut out = [const { Vec::new() }; 3];
         for (out, plane) in out.iter_mut().zip(&self.source.planes) {
-            if let Some(plane) = plane {
-                out.resize(rows.len() * plane.row_bytes, 0);
-                self.source.files.read(plane.file, plane.offset + ((self.first + rows.start) * plane.row_bytes) as u64, out)?;
+            if let Some(plane) = plane.filter(|_| !rows.is_empty()) {
+                *out = self.read_plane(&plane, self.first + rows.start..self.first + rows.end)?;
             }
         }
-        Ok(self.source.stored.rows(out))
+        let out = self.source.stored.rows(&self.layout, out);
+        if matches!(self.layout.format, WeightFormat::Fp8 { .. })
+            && let Some(at) = out[0].iter().position(|code| code & 127 == 127)
+        {
+            let reason = format!("column {} is not a number", at % self.cols());
+            return Err(FormatError::Quantise { tensor: self.name().to_owned(), row: rows.start + at / self.cols(), reason });
+        }
+        Ok(out)
+    }
+
+    /// A row of the plane for each of `rows`, which are not none.
+    fn read_plane(&self, plane: &Plane, rows: Range<usize>) -> Result<Vec<u8>, FormatError> {
+        let (offset, bytes) = plane.range(self.source.rows, &rows);
+        let mut read = vec![0; bytes];
+        self.source.files.read(plane.file, offset, &mut read)?;
+        if plane.rows_per == 1 {
+            return Ok(read);
+        }
+        let first = plane.row(self.source.rows, rows.start);
+        let row = |r: usize| &read[(plane.row(self.source.rows, r) - first) * plane.row_bytes..][..plane.row_bytes];
+        Ok(rows.flat_map(row).copied().collect())
     }
 
     fn widen_row(&self, [data, scales, biases]: [&[u8]; 3], out: &mut [f32]) {
@@ -139,7 +182,14 @@ impl Matrix {
             WeightFormat::F16 => PlainType::F16.widen(data, out),
             WeightFormat::BF16 => PlainType::BF16.widen(data, out),
             WeightFormat::Affine { bits, group, scales: ty } => affine::dequantise_row(bits, group.into(), ty, data, scales, biases, out),
-            WeightFormat::Block(block) => quant::dequantise_row(block, data, out),
+            WeightFormat::Fp8 { group, scales: ty } => {
+                let groups = data.chunks_exact(group.into()).zip(out.chunks_exact_mut(group.into()));
+                for ((codes, out), scale) in groups.zip(scales.chunks_exact(ty.bytes())) {
+                    let scale = affine::get(ty, scale);
+                    out.iter_mut().zip(codes).for_each(|(x, &code)| *x = scale * e4m3(code));
+                }
+            }
+            WeightFormat::Block(block) => quant::dequantise_row(block, data, scales, out),
         }
     }
 
@@ -200,8 +250,11 @@ impl Matrix {
     /// Calls `f` with the file, offset and length of data, scales and biases.
     fn each_part(&self, f: fn(&File, u64, u64)) {
         for plane in self.source.planes.iter().flatten() {
-            let bytes = (self.rows() * self.leading.unwrap_or(1) * plane.row_bytes) as u64;
-            f(&self.source.files.open[plane.file].1, plane.offset + (self.first * plane.row_bytes) as u64, bytes);
+            let rows = self.all_rows();
+            if !rows.is_empty() {
+                let (offset, bytes) = plane.range(self.source.rows, &rows);
+                f(&self.source.files.open[plane.file].1, offset, bytes as u64);
+            }
         }
     }
 

@@ -12,7 +12,9 @@
 //! | `Q8_0` | 8 bits, `q + 128` | per 32 columns: 16 × `d` |
 //! | `Q4_K` | 4 bits | per 256 columns: 8 × 16 scales, 8 × 16 minima (bytes), 16 × `d`, 16 × `dmin` |
 //! | `Q6_K` | 6 bits, `q + 32` | per 256 columns: 16 × 16 scales (bytes), 16 × `d` |
+//! | FP8 | 8 bits | per group: 16 scales |
 //! | MXFP4 | 4 bits, an index of [`E2M1`](crate::format::E2M1) | per 32 columns: 16 exponents (bytes) |
+//! | NVFP4 | as MXFP4 | per 16 columns: 16 scales (E4M3); after all blocks 16 scales of whole rows (f32) |
 //!
 //! Numbers of fewer than 8 bits lie in lines as follows; `j` is a byte of a row's four.
 //!
@@ -30,7 +32,7 @@
 use memmap2::MmapMut;
 use serde::{Deserialize, Serialize};
 
-use crate::format::{Codes, WeightFormat};
+use crate::format::{BlockFormat, Codes, WeightFormat};
 
 /// Output rows of one tile.
 pub const TILE_ROWS: usize = 16;
@@ -59,6 +61,7 @@ impl PackedLayout {
         match self.format {
             WeightFormat::Affine { bits, group, .. } => matches!(bits, 2..=6 | 8) && matches!(group, 32 | 64 | 128) && self.cols.is_multiple_of(group as usize),
             WeightFormat::Block(block) => self.cols.is_multiple_of(block.columns()),
+            WeightFormat::Fp8 { group, .. } => matches!(group, 32 | 64 | 128) && self.cols.is_multiple_of(group as usize),
             _ => true,
         }
     }
@@ -73,20 +76,25 @@ impl PackedLayout {
         match self.format {
             WeightFormat::F32 => self.cols * TILE_ROWS * 4,
             WeightFormat::F16 | WeightFormat::BF16 => self.cols.div_ceil(2) * TILE_ROWS * 4,
-            WeightFormat::Affine { .. } | WeightFormat::Block(_) => self.cols / self.block_columns() * self.block_bytes(),
+            _ => self.cols / self.block_columns() * self.block_bytes() + self.tail_bytes(),
         }
     }
 
     /// Columns of one block of a tile; 1 for plain formats.
     pub const fn block_columns(&self) -> usize {
         match self.format {
-            WeightFormat::Affine { group, .. } => group as usize,
+            WeightFormat::Affine { group, .. } | WeightFormat::Fp8 { group, .. } => group as usize,
             WeightFormat::Block(block) => block.columns(),
             _ => 1,
         }
     }
 
-    /// How the lines hold numbers; `None` for plain formats.
+    /// Bytes after the blocks of a tile: a scale of each whole row.
+    pub const fn tail_bytes(&self) -> usize {
+        if matches!(self.format, WeightFormat::Block(BlockFormat::Nvfp4)) { TILE_ROWS * 4 } else { 0 }
+    }
+
+    /// How the lines hold integers; `None` for formats of floats.
     pub const fn codes(&self) -> Option<Codes> {
         match self.format {
             WeightFormat::Affine { bits, .. } => Some(Codes::Bits(bits)),
@@ -99,6 +107,7 @@ impl PackedLayout {
     pub const fn line_bytes(&self) -> usize {
         match self.codes() {
             Some(codes) => self.block_columns() / UNIT * codes.unit_bytes(),
+            None if matches!(self.format, WeightFormat::Fp8 { .. }) => self.block_columns() * TILE_ROWS,
             None => 0,
         }
     }
@@ -107,6 +116,7 @@ impl PackedLayout {
     pub const fn block_bytes(&self) -> usize {
         let scales = match self.format {
             WeightFormat::Affine { scales, .. } => 2 * scales.bytes(),
+            WeightFormat::Fp8 { scales, .. } => scales.bytes(),
             WeightFormat::Block(block) => {
                 let [small, halves] = block.params();
                 small + 2 * halves

@@ -11,7 +11,7 @@ use crate::error::FormatError;
 use crate::format::{BlockFormat, ScaleType, WeightFormat};
 use crate::matrix::{Matrix, Plane, Source};
 use crate::packed::PackedLayout;
-use crate::quant::mxfp4;
+use crate::quant::{fp8, mxfp4, nvfp4};
 
 /// How the rows of a matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,14 +20,44 @@ pub(crate) enum Stored {
     Rows,
     /// MXFP4: neighbours in a byte, exponents apart.
     Mxfp4,
+    /// FP8 with scales of so many bytes for so many columns; single bytes are exponents.
+    Fp8 { columns: usize, width: usize },
+    /// NVFP4: neighbours in a byte, scales apart, and one for the whole tensor.
+    Nvfp4(Global),
+}
+
+/// What the scale of a whole NVFP4 tensor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Global {
+    /// 1.
+    None,
+    /// As it is stored.
+    Factor,
+    /// The largest value, which the largest scale times the largest number stands for (MLX).
+    Largest,
 }
 
 impl Stored {
     /// Rows as tiles are packed of them.
-    pub(crate) fn rows(self, [data, scales, biases]: [Vec<u8>; 3]) -> [Vec<u8>; 3] {
+    pub(crate) fn rows(self, layout: &PackedLayout, [data, scales, biases]: [Vec<u8>; 3]) -> [Vec<u8>; 3] {
         match self {
             Self::Rows => [data, scales, biases],
             Self::Mxfp4 => [mxfp4::join(&data, &scales), Vec::new(), Vec::new()],
+            Self::Fp8 { columns, width } => {
+                let row = layout.cols.div_ceil(columns) * width;
+                let scales = fp8::spread(&scales, row, width, width == 1, [layout.cols, columns, layout.block_columns()]);
+                [data, scales, Vec::new()]
+            }
+            Self::Nvfp4(global) => {
+                let rows = data.len() * 2 / layout.cols;
+                let stored = |at: usize| f32::from_le_bytes([0, 1, 2, 3].map(|i| biases[at * 4 + i]));
+                let factor = |row: usize| match global {
+                    Global::None => 1.0,
+                    Global::Factor => stored(row),
+                    Global::Largest => stored(row) / (448.0 * 6.0),
+                };
+                [nvfp4::join(&data, &scales), (0..rows).flat_map(|row| f32::to_le_bytes(factor(row))).collect(), Vec::new()]
+            }
         }
     }
 }
@@ -91,6 +121,7 @@ impl Checkpoint {
                 let scales = self.part(format!("{prefix}.scale"))?;
                 return self.mxfp4(data, &shape, shape.width * 2, scales);
             }
+            ElementType::Plain(Dtype::U8) if self.tensor(&format!("{prefix}.weight_scale_2")).is_some() => return self.model_opt(prefix, data, &shape),
             ElementType::Plain(Dtype::U8) => {
                 let block = self.block_mode(prefix).ok_or_else(unsupported)?;
                 if !shape.width.is_multiple_of(block.source_bytes()) {
@@ -99,6 +130,7 @@ impl Checkpoint {
                 (WeightFormat::Block(block), shape.width / block.source_bytes() * block.columns())
             }
             ElementType::Block(ty) => (WeightFormat::Block(ty.block().ok_or_else(unsupported)?), shape.width),
+            ElementType::Plain(Dtype::F8_E4M3) => return self.fp8(prefix, data, &shape),
             _ if info.dtype.is_float() => (
                 match PlainType::of(&data.name, info.dtype)? {
                     PlainType::F32 => WeightFormat::F32,
@@ -119,13 +151,16 @@ impl Checkpoint {
     /// A matrix whose tensors all have a row for each of its rows.
     fn whole(&self, shape: &Shape, cols: usize, format: WeightFormat, stored: Stored, parts: Vec<Part<'_>>) -> Matrix {
         let mut planes = [None; 3];
-        for (plane, part) in planes.iter_mut().zip(&parts) {
-            let row_bytes = part.info.bytes as usize / shape.all_rows();
-            *plane = Some(Plane { file: part.info.file, offset: part.info.offset, row_bytes });
+        for (to, part) in planes.iter_mut().zip(&parts) {
+            *to = plane(part, part.info.bytes as usize / shape.all_rows(), 1);
         }
+        self.of_planes(shape, cols, format, stored, planes, parts)
+    }
+
+    fn of_planes(&self, shape: &Shape, cols: usize, format: WeightFormat, stored: Stored, planes: [Option<Plane>; 3], parts: Vec<Part<'_>>) -> Matrix {
         let parts = parts.into_iter().map(|part| part.name).collect();
         Matrix {
-            source: Arc::new(Source { files: Arc::clone(&self.files), parts, planes, stored }),
+            source: Arc::new(Source { files: Arc::clone(&self.files), parts, planes, rows: shape.rows, stored }),
             layout: PackedLayout::new(shape.rows, cols, format),
             leading: shape.leading,
             first: 0,
@@ -196,12 +231,118 @@ impl Checkpoint {
         let says = self.mlx_field(prefix, "mode").and_then(Value::as_str);
         let mode = match shape.width {
             words if words == groups * 4 => "mxfp4",
+            words if words == groups * 8 => "mxfp8",
+            words if words == groups * 2 => "nvfp4",
             words => return Err(mismatch(&data.name, says.unwrap_or("no mode"), format!("{words} words of 32 bits for {groups} groups"))),
         };
-        if let Some(says) = says.filter(|says| *says != mode) {
-            return Err(mismatch(&data.name, format!("the mode {says}"), format!("{mode}: {} words of 32 bits for {groups} groups", shape.width)));
+        let number = |key: &str, default: u64| self.mlx_field(prefix, key).and_then(Value::as_u64).unwrap_or(default);
+        let (bits, group) = (if mode == "mxfp8" { 8 } else { 4 }, if mode == "nvfp4" { 16 } else { 32 });
+        if says.is_some_and(|says| says != mode) || (number("bits", bits), number("group_size", group)) != (bits, group) {
+            let expected = format!("{}, {} bits in groups of {}", says.unwrap_or("no mode"), number("bits", bits), number("group_size", group));
+            return Err(mismatch(&data.name, expected, format!("{mode}: {} words of 32 bits for {groups} groups", shape.width)));
         }
-        self.mxfp4(data, shape, shape.width * 8, scales)
+        match mode {
+            "mxfp4" => self.mxfp4(data, shape, shape.width * 8, scales),
+            "nvfp4" => {
+                let global = format!("{prefix}.global_scale");
+                let global = self.tensor(&global).map(|info| (Part { name: global, info }, Global::Largest));
+                self.nvfp4(data, shape, shape.width * 8, scales, global)
+            }
+            _ => {
+                let format = WeightFormat::Fp8 { group: 32, scales: ScaleType::BF16 };
+                Ok(self.whole(shape, shape.width * 4, format, Stored::Fp8 { columns: 32, width: 1 }, vec![data, scales]))
+            }
+        }
+    }
+
+    /// FP8 with scales by blocks of rows and columns (`weight_scale_inv`, which multiplies, or `scale`), by row or for the whole
+    /// (`weight_scale`).
+    fn fp8(&self, prefix: &str, data: Part<'_>, shape: &Shape) -> Result<Matrix, FormatError> {
+        let names = if data.name == prefix {
+            [format!("{prefix}_scale_inv"), format!("{prefix}_scale"), format!("{prefix}.scale")]
+        } else {
+            ["weight_scale_inv", "scale", "weight_scale"].map(|name| format!("{prefix}.{name}"))
+        };
+        let scales = self.part(names.iter().find(|name| self.tensor(name).is_some()).unwrap_or(&names[0]).clone())?;
+        let (scale_type, width) = match scales.info.dtype {
+            ElementType::Plain(Dtype::F32) => (ScaleType::F32, 4),
+            ElementType::Plain(Dtype::BF16) => (ScaleType::BF16, 2),
+            ElementType::Plain(Dtype::F16) => (ScaleType::F16, 2),
+            ElementType::Plain(Dtype::F8_E8M0 | Dtype::U8) => (ScaleType::BF16, 1),
+            other => return Err(FormatError::Dtype { tensor: scales.name, expected: "F32, BF16, F16 or F8_E8M0", got: format!("{other:?}") }),
+        };
+        let cols = shape.width;
+        let [block_rows, block_cols] = self.weight_block();
+        // One matrix of a stack at a time: what follows the leading dimension.
+        let own = match shape.leading {
+            Some(leading) if scales.info.shape.first() == Some(&leading) => &scales.info.shape[1..],
+            Some(_) => return Err(shape_error(&scales.name, "scales for every matrix of the stack", scales.info)),
+            None => &scales.info.shape[..],
+        };
+        let blocks = [shape.rows.div_ceil(block_rows), cols.div_ceil(block_cols)];
+        let (rows_per, columns) = match *own {
+            [rows, cols] if [rows, cols] == blocks => (block_rows, block_cols),
+            [rows] | [rows, 1] if rows == shape.rows => (1, cols),
+            [] | [1] | [1, 1] => (shape.rows, cols),
+            _ => return Err(shape_error(&scales.name, &format!("{blocks:?} by blocks, one by row, or a single one"), scales.info)),
+        };
+        let Some(group) = [128, 64, 32].into_iter().find(|group| cols.is_multiple_of(*group) && (columns == cols || columns.is_multiple_of(*group))) else {
+            return Err(shape_error(&data.name, "columns that 32 divides, in blocks that 32 divides", data.info));
+        };
+        let planes = [plane(&data, cols, 1), plane(&scales, cols.div_ceil(columns) * width, rows_per), None];
+        let format = WeightFormat::Fp8 { group: group as u16, scales: scale_type };
+        let mut parts = vec![data, scales];
+        parts.extend(self.unused_parts(prefix));
+        Ok(self.of_planes(shape, cols, format, Stored::Fp8 { columns, width }, planes, parts))
+    }
+
+    /// E2M1 numbers, neighbours in a byte, with E4M3 scales for every 16 columns and perhaps one number for each matrix.
+    fn nvfp4<'a>(&'a self, data: Part<'a>, shape: &Shape, cols: usize, scales: Part<'a>, global: Option<(Part<'a>, Global)>) -> Result<Matrix, FormatError> {
+        let expected: Vec<usize> = shape.leading.into_iter().chain([shape.rows, cols / 16]).collect();
+        if !cols.is_multiple_of(32) || scales.info.shape != expected {
+            return Err(shape_error(&scales.name, &format!("{expected:?}, a scale for every 16 of {cols} columns, a multiple of 32"), scales.info));
+        }
+        let mut planes = [plane(&data, cols / 2, 1), plane(&scales, cols / 16, 1), None];
+        let (mut parts, mut kind) = (vec![data, scales], Global::None);
+        if let Some((part, what)) = global {
+            if part.info.dtype != ElementType::Plain(Dtype::F32) {
+                return Err(FormatError::Dtype { tensor: part.name, expected: "F32", got: format!("{:?}", part.info.dtype) });
+            }
+            if part.info.bytes as usize != 4 * shape.leading.unwrap_or(1) {
+                return Err(shape_error(&part.name, "one number for each matrix", part.info));
+            }
+            planes[2] = plane(&part, 4, shape.rows);
+            kind = what;
+            parts.push(part);
+        }
+        Ok(self.of_planes(shape, cols, WeightFormat::Block(BlockFormat::Nvfp4), Stored::Nvfp4(kind), planes, parts))
+    }
+
+    /// NVIDIA's ModelOpt: bytes with `weight_scale` (E4M3) and `weight_scale_2`.
+    fn model_opt(&self, prefix: &str, data: Part<'_>, shape: &Shape) -> Result<Matrix, FormatError> {
+        let scales = self.part(format!("{prefix}.weight_scale"))?;
+        if scales.info.dtype != ElementType::Plain(Dtype::F8_E4M3) {
+            return Err(FormatError::Dtype { tensor: scales.name, expected: "F8_E4M3", got: format!("{:?}", scales.info.dtype) });
+        }
+        let global = self.part(format!("{prefix}.weight_scale_2"))?;
+        let mut m = self.nvfp4(data, shape, shape.width * 2, scales, Some((global, Global::Factor)))?;
+        if let (Some(unused), Some(source)) = (self.unused_parts(prefix), Arc::get_mut(&mut m.source)) {
+            source.parts.push(unused.name);
+        }
+        Ok(m)
+    }
+
+    /// What belongs to a quantised module and plays no part here: scales of activations.
+    fn unused_parts(&self, prefix: &str) -> Option<Part<'_>> {
+        let name = format!("{prefix}.input_scale");
+        self.tensor(&name).map(|info| Part { name, info })
+    }
+
+    /// Rows and columns that share a scale of FP8.
+    fn weight_block(&self) -> [usize; 2] {
+        let block = self.config().get("quantization_config").and_then(|q| q.get("weight_block_size")).and_then(Value::as_array);
+        let side = |i: usize| block.and_then(|b| b.get(i)?.as_u64()).filter(|&n| n > 0).map_or(128, |n| n as usize);
+        [side(0), side(1)]
     }
 
     fn mlx_quantization(&self) -> Option<&Map<String, Value>> {
@@ -241,6 +382,11 @@ impl Checkpoint {
         }
         Ok((bits, group))
     }
+}
+
+/// Rows of a tensor, each of which `rows_per` rows of the weight share.
+fn plane(part: &Part<'_>, row_bytes: usize, rows_per: usize) -> Option<Plane> {
+    Some(Plane { file: part.info.file, offset: part.info.offset, row_bytes, rows_per })
 }
 
 fn mismatch(tensor: &str, expected: impl Into<String>, got: String) -> FormatError {

@@ -21,7 +21,8 @@ pub(crate) const fn row_bytes(layout: &PackedLayout) -> [usize; 3] {
             let params = layout.cols / group as usize * scales.bytes();
             [layout.cols * bits as usize / 8, params, params]
         }
-        WeightFormat::Block(block) => [layout.cols / block.columns() * block.source_bytes(), 0, 0],
+        WeightFormat::Fp8 { group, scales } => [layout.cols, layout.cols / group as usize * scales.bytes(), 0],
+        WeightFormat::Block(block) => [layout.cols / block.columns() * block.source_bytes(), layout.tail_bytes() / TILE_ROWS, 0],
     }
 }
 
@@ -69,7 +70,22 @@ pub(crate) fn pack_tile(layout: &PackedLayout, [data, scale_rows, bias_rows]: Ro
                 }
             }
         }
-        WeightFormat::Block(block) => quant::pack_tile(block, data, data_row, layout.block_bytes(), tile),
+        WeightFormat::Fp8 { scales, .. } => {
+            let (per_group, width) = (layout.block_columns(), scales.bytes());
+            for (g, block) in tile.chunks_exact_mut(layout.block_bytes()).enumerate() {
+                let (lines, to) = block.split_at_mut(layout.line_bytes());
+                interleave(data, data_row, g * per_group, per_group, lines, |w| w);
+                for (row, out) in scale_rows.chunks_exact(scale_row).zip(to.chunks_exact_mut(width)) {
+                    out.copy_from_slice(&row[g * width..][..width]);
+                }
+            }
+        }
+        WeightFormat::Block(block) => {
+            let (blocks, tail) = tile.split_at_mut(layout.tile_bytes() - layout.tail_bytes());
+            quant::pack_tile(block, data, data_row, layout.block_bytes(), blocks);
+            let rows = scale_rows.len().min(tail.len());
+            tail[..rows].copy_from_slice(&scale_rows[..rows]);
+        }
     }
 }
 

@@ -15,6 +15,8 @@ pub(super) struct Blocks {
     bytes: usize,
     /// Bytes before the scales.
     line_bytes: usize,
+    /// Scales of whole rows, where there are such.
+    tail: *const u8,
     /// Columns that share a scale.
     pub(super) group: usize,
     scales: Scales,
@@ -36,7 +38,8 @@ impl Blocks {
             format => unreachable!("{format} weights are not quantised"),
         };
         let columns = layout.block_columns();
-        Self { tile, codes, columns, shift: columns.trailing_zeros(), bytes: layout.block_bytes(), line_bytes: layout.line_bytes(), group, scales }
+        let tail = tile.wrapping_add(layout.tile_bytes() - layout.tail_bytes());
+        Self { tile, tail, codes, columns, shift: columns.trailing_zeros(), bytes: layout.block_bytes(), line_bytes: layout.line_bytes(), group, scales }
     }
 
     /// The block of column `column`, and the column within it.
@@ -74,6 +77,7 @@ impl Blocks {
                         V::mul(V::load_f16(at.add(256).cast()), scale)
                     }
                     BlockFormat::Mxfp4 => e8m0_half::<V>(V::load_u8(at)),
+                    BlockFormat::Nvfp4 => V::mul(e4m3_half::<V>(V::load_u8(at.add(within / 16 * LANES))), V::load(self.tail.cast())),
                     _ => V::load_f16(at.cast()),
                 };
                 (scale, V::mul(scale, V::splat(-f32::from(format.offset()))))
@@ -101,6 +105,14 @@ impl Blocks {
         };
         V::fma(scale, V::to_f(q), bias)
     }
+}
+
+/// Half of an E4M3 number.
+#[inline(always)]
+unsafe fn e4m3_half<V: Simd>(code: V::I) -> V::F {
+    let sign = V::and_i(V::shl_i::<24>(code), V::splat_i(i32::MIN));
+    let bits = V::or_i(sign, V::shl_i::<20>(V::and_i(code, V::splat_i(127))));
+    V::mul(V::from_bits(bits), V::splat(f32::from_bits((127 + 119) << 23)))
 }
 
 /// Half of `2^(e − 127)`; 255 gives no number.

@@ -8,6 +8,7 @@
 
 mod attention;
 mod blocks;
+mod fp8;
 mod latent;
 mod math;
 mod plain;

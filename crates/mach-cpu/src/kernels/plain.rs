@@ -5,6 +5,7 @@
 
 use mach_format::{PackedLayout, WeightFormat};
 
+use super::fp8::fp8_tiles;
 use super::products::PREFETCH;
 use super::simd::{LANES, Simd};
 
@@ -25,6 +26,7 @@ pub(crate) unsafe fn plain_tiles<V: Simd>(layout: &PackedLayout, data: *const u8
         WeightFormat::F32 => plain_format::<V, 0>(layout, data, tiles, acts, rows, out),
         WeightFormat::F16 => plain_format::<V, 1>(layout, data, tiles, acts, rows, out),
         WeightFormat::BF16 => plain_format::<V, 2>(layout, data, tiles, acts, rows, out),
+        WeightFormat::Fp8 { group, scales } => fp8_tiles::<V>(layout, (group.into(), scales), data, tiles, acts, rows, out),
         format => unreachable!("{format} weights are not plain"),
     }
 }

@@ -38,10 +38,14 @@ pub const fn affine(bits: u8, group: u16, scales: ScaleType) -> WeightFormat {
     WeightFormat::Affine { bits, group, scales }
 }
 
+pub const fn fp8(group: u16, scales: ScaleType) -> WeightFormat {
+    WeightFormat::Fp8 { group, scales }
+}
+
 /// How many of [`FORMATS`] the first fingerprint of products covers; others are appended.
 pub const FIRST_FORMATS: usize = 12;
 
-pub const FORMATS: [WeightFormat; 17] = [
+pub const FORMATS: [WeightFormat; 21] = [
     WeightFormat::F32,
     WeightFormat::F16,
     WeightFormat::BF16,
@@ -59,7 +63,19 @@ pub const FORMATS: [WeightFormat; 17] = [
     affine(3, 64, ScaleType::F16),
     affine(5, 32, ScaleType::F32),
     affine(6, 128, ScaleType::BF16),
+    fp8(32, ScaleType::BF16),
+    fp8(64, ScaleType::F16),
+    fp8(128, ScaleType::F32),
+    WeightFormat::Block(BlockFormat::Nvfp4),
 ];
+
+fn put_scale(ty: ScaleType, x: f32, out: &mut [u8], i: usize) {
+    match ty {
+        ScaleType::F32 => out[i * 4..][..4].copy_from_slice(&x.to_le_bytes()),
+        ScaleType::F16 => out[i * 2..][..2].copy_from_slice(&half::f16::from_f32(x).to_le_bytes()),
+        ScaleType::BF16 => out[i * 2..][..2].copy_from_slice(&half::bf16::from_f32(x).to_le_bytes()),
+    }
+}
 
 /// About the largest value of a block whose `d` is 1.
 fn largest(kind: BlockFormat) -> f32 {
@@ -67,7 +83,7 @@ fn largest(kind: BlockFormat) -> f32 {
         BlockFormat::Q8_0 => 127.0,
         BlockFormat::Q4K => 7.5 * 40.0,
         BlockFormat::Q6K => 32.0 * 80.0,
-        BlockFormat::Mxfp4 => 1.0,
+        BlockFormat::Mxfp4 | BlockFormat::Nvfp4 => 1.0,
     }
 }
 
@@ -103,19 +119,31 @@ fn fill_tile(rng: &mut Rng, layout: &PackedLayout, rows: usize, tile: &mut [u8])
                     let scale = (1.0 + 0.5 * rng.unit()) * 3.5 * size / top;
                     let bias = -scale * top / 2.0 * (1.0 + 0.2 * rng.unit());
                     for (i, x) in [scale, bias].into_iter().enumerate() {
-                        let at = data + (i * 16 + r) * scales.bytes();
-                        match scales {
-                            ScaleType::F32 => block[at..][..4].copy_from_slice(&x.to_le_bytes()),
-                            ScaleType::F16 => block[at..][..2].copy_from_slice(&half::f16::from_f32(x).to_le_bytes()),
-                            ScaleType::BF16 => block[at..][..2].copy_from_slice(&half::bf16::from_f32(x).to_le_bytes()),
-                        }
+                        put_scale(scales, x, &mut block[data..], i * 16 + r);
                     }
+                }
+            }
+        }
+        WeightFormat::Fp8 { group, scales } => {
+            for block in tile.chunks_exact_mut(layout.block_bytes()) {
+                let (lines, params) = block.split_at_mut(usize::from(group) * 16);
+                for (i, byte) in lines.iter_mut().enumerate() {
+                    // Any number but the two that are none.
+                    *byte = if i / 4 % 16 < rows { (rng.below(255) as u8).wrapping_add(u8::from(rng.bits() & 1 == 1) * 128) } else { 0 };
+                    *byte = if *byte & 127 == 127 { 0x38 } else { *byte };
+                }
+                for r in 0..rows {
+                    put_scale(scales, (1.0 + 0.5 * rng.unit()) * size / 100.0, params, r);
                 }
             }
         }
         WeightFormat::Block(kind) => {
             let lines = layout.line_bytes();
-            for block in tile.chunks_exact_mut(layout.block_bytes()) {
+            let (blocks, tail) = tile.split_at_mut(layout.tile_bytes() - layout.tail_bytes());
+            for r in 0..tail.len() / 4 {
+                put_scale(ScaleType::F32, size / 3.0 * (1.0 + 0.5 * rng.unit()), tail, r);
+            }
+            for block in blocks.chunks_exact_mut(layout.block_bytes()) {
                 for (i, byte) in block[..lines].iter_mut().enumerate() {
                     *byte = if i / 4 % 16 < rows { rng.bits() as u8 } else { 0 };
                 }
@@ -126,6 +154,8 @@ fn fill_tile(rng: &mut Rng, layout: &PackedLayout, rows: usize, tile: &mut [u8])
                     *byte = match kind {
                         BlockFormat::Q4K => rng.below(64) as u8,
                         BlockFormat::Mxfp4 => 121 + rng.below(3) as u8,
+                        // 1 to 2.
+                        BlockFormat::Nvfp4 => 0x38 + rng.below(8) as u8,
                         _ => rng.bits() as u8,
                     };
                 }

@@ -71,14 +71,14 @@ impl GgmlType {
         TYPES.iter().copied().find(|t| t.id == id)
     }
 
-    /// The type that stores a weight format; `None` for affine ones.
+    /// The type that stores a weight format; `None` for those that ggml has not.
     pub fn of_format(format: WeightFormat) -> Option<Self> {
         Self::of(match format {
             WeightFormat::F32 => 0,
             WeightFormat::F16 => 1,
             WeightFormat::BF16 => 30,
-            WeightFormat::Block(block) => quant::ggml_type(block),
-            WeightFormat::Affine { .. } => return None,
+            WeightFormat::Block(block) => quant::ggml_type(block)?,
+            WeightFormat::Affine { .. } | WeightFormat::Fp8 { .. } => return None,
         })
     }
 

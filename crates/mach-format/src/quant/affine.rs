@@ -50,7 +50,7 @@ fn put(ty: ScaleType, x: f32, out: &mut [u8]) {
     }
 }
 
-fn get(ty: ScaleType, at: &[u8]) -> f32 {
+pub(crate) fn get(ty: ScaleType, at: &[u8]) -> f32 {
     match ty {
         ScaleType::F16 => f16::from_le_bytes([at[0], at[1]]).to_f32(),
         ScaleType::BF16 => bf16::from_le_bytes([at[0], at[1]]).to_f32(),

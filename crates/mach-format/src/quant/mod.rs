@@ -1,7 +1,9 @@
 //! Quantised block formats, one file each.
 
 pub mod affine;
+pub mod fp8;
 pub(crate) mod mxfp4;
+pub(crate) mod nvfp4;
 pub(crate) mod q4_k;
 pub(crate) mod q6_k;
 pub(crate) mod q8_0;
@@ -15,8 +17,8 @@ use crate::packed::TILE_ROWS;
 /// How the blocks of one GGUF type are read. A new type is one file with one of these, and a line in [`CODECS`].
 pub(crate) struct Codec {
     pub(crate) format: BlockFormat,
-    /// Number of the type in GGUF files.
-    pub(crate) ggml: u32,
+    /// Number of the type in GGUF files, where they have it.
+    pub(crate) ggml: Option<u32>,
     /// One block → its values, with the roundings of ggml's own dequantisation.
     pub(crate) dequantise: fn(&[u8], &mut [f32]),
     /// One block of one row of a tile → its words in the lines and its entries in what follows them: the packed block
@@ -27,15 +29,15 @@ pub(crate) struct Codec {
 static MXFP4: Codec = units::codec::<mxfp4::Mxfp4>();
 
 /// Every block type that has kernels.
-static CODECS: [&Codec; 4] = [&q8_0::CODEC, &q4_k::CODEC, &q6_k::CODEC, &MXFP4];
+static CODECS: [&Codec; 5] = [&q8_0::CODEC, &q4_k::CODEC, &q6_k::CODEC, &MXFP4, &nvfp4::CODEC];
 
 /// The format of a GGUF type, if it can be computed with.
 pub(crate) fn block_format(ggml: u32) -> Option<BlockFormat> {
-    CODECS.iter().find(|c| c.ggml == ggml).map(|c| c.format)
+    CODECS.iter().find(|c| c.ggml == Some(ggml)).map(|c| c.format)
 }
 
-/// Number of a block format in GGUF files.
-pub(crate) fn ggml_type(format: BlockFormat) -> u32 {
+/// Number of a block format in GGUF files, where they have it.
+pub(crate) fn ggml_type(format: BlockFormat) -> Option<u32> {
     codec(format).ggml
 }
 
@@ -45,11 +47,15 @@ pub(crate) fn codec(format: BlockFormat) -> &'static Codec {
         BlockFormat::Q4K => &q4_k::CODEC,
         BlockFormat::Q6K => &q6_k::CODEC,
         BlockFormat::Mxfp4 => &MXFP4,
+        BlockFormat::Nvfp4 => &nvfp4::CODEC,
     }
 }
 
-/// A row of blocks → its values.
-pub(crate) fn dequantise_row(format: BlockFormat, row: &[u8], out: &mut [f32]) {
+/// A row of blocks → its values. `global` is the f32 beside the row, of NVFP4 alone.
+pub(crate) fn dequantise_row(format: BlockFormat, row: &[u8], global: &[u8], out: &mut [f32]) {
+    if format == BlockFormat::Nvfp4 {
+        return nvfp4::dequantise_row(row, global, out);
+    }
     let dequantise = codec(format).dequantise;
     for (block, out) in row.chunks_exact(format.source_bytes()).zip(out.chunks_exact_mut(format.columns())) {
         dequantise(block, out);
@@ -124,17 +130,20 @@ mod tests {
                         BlockFormat::Q4K => (0x20, &[1, 3]),
                         BlockFormat::Q6K => (0x20, &[209]),
                         BlockFormat::Mxfp4 => (0x70, &[0]),
+                        BlockFormat::Nvfp4 => (0x30, &[0, 1]),
                     };
                     for &at in places {
                         block[at] = high | block[at] & 0x0f;
                     }
                 }
                 let mut tile = vec![0; layout.tile_bytes()];
-                pack_tile(format, &data, row_bytes, layout.block_bytes(), &mut tile);
+                let (blocks, tail) = tile.split_at_mut(layout.tile_bytes() - layout.tail_bytes());
+                pack_tile(format, &data, row_bytes, layout.block_bytes(), blocks);
+                tail.chunks_exact_mut(4).for_each(|global| global.copy_from_slice(&1f32.to_le_bytes()));
                 let mut values = vec![0.0; cols];
                 for r in 0..TILE_ROWS {
                     if r < rows {
-                        dequantise_row(format, &data[r * row_bytes..][..row_bytes], &mut values);
+                        dequantise_row(format, &data[r * row_bytes..][..row_bytes], &1f32.to_le_bytes(), &mut values);
                     } else {
                         values.fill(0.0);
                     }
@@ -151,8 +160,9 @@ mod tests {
     /// Protects the table: every format is found by its number.
     #[test]
     fn formats_have_numbers() {
-        for format in CODECS.map(|c| c.format) {
-            assert_eq!(block_format(ggml_type(format)), Some(format));
+        for codec in CODECS {
+            assert_eq!(super::codec(codec.format).ggml, codec.ggml);
+            assert!(codec.ggml.is_none_or(|ggml| block_format(ggml) == Some(codec.format)));
         }
         assert_eq!(block_format(0), None);
     }

@@ -12,7 +12,7 @@ pub(super) struct Mxfp4;
 
 impl Units for Mxfp4 {
     const FORMAT: BlockFormat = BlockFormat::Mxfp4;
-    const GGML: u32 = 39;
+    const GGML: Option<u32> = Some(39);
 
     fn numbers(block: &[u8], _: usize) -> [u8; UNIT] {
         halves(&block[1..])

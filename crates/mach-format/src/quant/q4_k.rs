@@ -5,7 +5,7 @@ use super::{Codec, half_at, nibble_word, put_word, u64_at};
 use crate::format::BlockFormat;
 use crate::packed::TILE_ROWS;
 
-pub(crate) static CODEC: Codec = Codec { format: BlockFormat::Q4K, ggml: 12, dequantise, pack };
+pub(crate) static CODEC: Codec = Codec { format: BlockFormat::Q4K, ggml: Some(12), dequantise, pack };
 
 /// Where the nibbles begin.
 const QS: usize = 16;

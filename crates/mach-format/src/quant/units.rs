@@ -7,8 +7,8 @@ use crate::packed::UNIT;
 /// How the blocks of a format are read, from which [`codec`] makes the rest.
 pub(super) trait Units {
     const FORMAT: BlockFormat;
-    /// Number of the type in GGUF files.
-    const GGML: u32;
+    /// Number of the type in GGUF files, where they have it.
+    const GGML: Option<u32>;
 
     /// The stored numbers of unit `u` of a block in the order of columns.
     fn numbers(block: &[u8], u: usize) -> [u8; UNIT];

@@ -1,6 +1,7 @@
 //! Tests of mach-format against files made here, byte by byte.
 
 mod checkpoint;
+mod formats;
 mod gguf;
 mod matrix;
 mod pack;

@@ -26,17 +26,19 @@ const fn affine(bits: u8) -> WeightFormat {
 }
 
 /// Formats by the names that `--format` takes.
-const FORMATS: [(&str, WeightFormat); 13] = [
+const FORMATS: [(&str, WeightFormat); 15] = [
     ("affine-4", affine(4)),
     ("affine-8", affine(8)),
     ("q4_k", WeightFormat::Block(BlockFormat::Q4K)),
     ("q6_k", WeightFormat::Block(BlockFormat::Q6K)),
     ("q8_0", WeightFormat::Block(BlockFormat::Q8_0)),
     ("mxfp4", WeightFormat::Block(BlockFormat::Mxfp4)),
+    ("nvfp4", WeightFormat::Block(BlockFormat::Nvfp4)),
     ("affine-2", affine(2)),
     ("affine-3", affine(3)),
     ("affine-5", affine(5)),
     ("affine-6", affine(6)),
+    ("fp8", WeightFormat::Fp8 { group: 128, scales: ScaleType::BF16 }),
     ("bf16", WeightFormat::BF16),
     ("f16", WeightFormat::F16),
     ("f32", WeightFormat::F32),
