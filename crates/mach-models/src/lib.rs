@@ -5,6 +5,7 @@ mod error;
 mod experts;
 pub mod families;
 pub mod gguf;
+mod latent_tensors;
 pub mod layers;
 mod model;
 pub mod plan;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use mach_backend::{Backend, GdnSegment, KV_BLOCK, Segment, StateSpec};
+use mach_backend::{Backend, GdnSegment, KV_BLOCK, LatentSegment, LatentSpec, Segment};
 use mach_experts::trace::Recorder;
 use mach_experts::{AheadStats, ExpertError, ExpertStats, ExpertStore, RecordSource, Residency, StoreOptions};
 use mach_format::Matrix;
@@ -11,9 +11,11 @@ use mach_format::Matrix;
 use crate::ModelError;
 use crate::layers::attention::Attention;
 use crate::layers::gdn::Gdn;
+use crate::layers::hyper::Hyper;
+use crate::layers::latent::Latent;
 use crate::layers::moe::{ForcedRoutes, Moe, Next, RouteLog};
-use crate::layers::{FeedForward, vector};
-use crate::plan::{MemoryPlan, kv_specs};
+use crate::layers::{FeedForward, angles, vector};
+use crate::plan::{MemoryPlan, entry_specs, kv_specs, state_specs};
 use crate::sequence::Sequence;
 use crate::spec::{FfnSpec, MixerSpec, ModelSpec};
 use crate::tensors::{FfnTensors, LayerTensors, MixerTensors, Resolved};
@@ -22,6 +24,7 @@ use crate::workspace::{HEAD_ROWS, Workspace};
 enum Mixer<B: Backend> {
     Attention(Attention<B>),
     Gdn(Gdn<B>),
+    Latent(Box<Latent<B>>),
 }
 
 enum Ffn<B: Backend> {
@@ -34,6 +37,42 @@ struct Layer<B: Backend> {
     post_norm: B::Tensor,
     mixer: Mixer<B>,
     ffn: Ffn<B>,
+    /// Around mixer and feed-forward part, where the residual has several streams.
+    hyper: Option<[Hyper<B>; 2]>,
+}
+
+/// The two parts of a layer.
+#[derive(Clone, Copy)]
+enum Part {
+    Mixer,
+    Ffn,
+}
+
+impl<B: Backend> Layer<B> {
+    /// Normed input of a part for `rows` rows of the residual from `first` on → `ws.h`.
+    fn read(&self, b: &B, spec: &ModelSpec, part: Part, x: &B::Tensor, first: usize, rows: usize, ws: &mut Workspace<B>) {
+        b.reshape(&mut ws.h, rows, spec.hidden);
+        b.reshape(&mut ws.out, rows, spec.hidden);
+        let norm = match part {
+            Part::Mixer => &self.input_norm,
+            Part::Ffn => &self.post_norm,
+        };
+        match (&self.hyper, &spec.hyper) {
+            (Some(hyper), Some(h)) => {
+                hyper[part as usize].mix(b, h, x, first, rows, &mut ws.out, &mut ws.mix);
+                b.rms_norm(&ws.out, 0, rows, norm, spec.eps, &mut ws.h);
+            }
+            _ => b.rms_norm(x, first, rows, norm, spec.eps, &mut ws.h),
+        }
+    }
+
+    /// `ws.out`, the output of a part, → the residual.
+    fn write(&self, b: &B, spec: &ModelSpec, x: &mut B::Tensor, first: usize, rows: usize, ws: &Workspace<B>) {
+        match &spec.hyper {
+            Some(h) => b.hyper_add(h, x, first, rows, &ws.out, &ws.mix),
+            None => b.add(x, first, rows, &ws.out),
+        }
+    }
 }
 
 /// How to load.
@@ -57,6 +96,7 @@ impl LayerTensors {
         let mixer: Vec<&Matrix> = match &self.mixer {
             MixerTensors::Attention(t) => vec![&t.q, &t.k, &t.v, &t.o],
             MixerTensors::Gdn(t) => vec![&t.qkv, &t.z, &t.b, &t.a, &t.o],
+            MixerTensors::Latent(t) => t.matrices().into_iter().map(|(m, _)| m).collect(),
         };
         let (router, dense) = match &self.ffn {
             FfnTensors::Moe(t) => (Some(&t.router), t.shared.as_ref()),
@@ -120,10 +160,14 @@ pub struct Model<B: Backend> {
     spec: ModelSpec,
     layers: Vec<Layer<B>>,
     final_norm: B::Tensor,
+    /// Before the final norm, where the residual has several streams.
+    head_hyper: Option<Hyper<B>>,
     head: B::Weight,
     embed: Matrix,
     inv_freq: Vec<f32>,
     kv: Vec<B::Kv>,
+    /// Stores of layers with compressed entries; their blocks are those of `kv`.
+    entries: Vec<B::Entries>,
     free_blocks: Vec<u32>,
     made_blocks: usize,
     store: Option<ExpertStore<B::Memory>>,
@@ -165,7 +209,7 @@ impl<B: Backend> Model<B> {
                 }
                 files.head.expect();
             });
-            let layers = Self::load_layers(b, files, &packed, options.progress)?;
+            let layers = Self::load_layers(b, files, &plan, &packed, options.progress)?;
             Ok::<_, ModelError>((layers, b.weight(files.head.pack()?)))
         })?;
         let dims = spec.rotary_dims;
@@ -173,10 +217,12 @@ impl<B: Backend> Model<B> {
         Ok(Self {
             layers,
             final_norm: vector(b, &files.norm(&files.final_norm, files.norm_form)?),
+            head_hyper: files.head_hyper.as_ref().map(|t| Hyper::load(b, files, t)).transpose()?,
             head,
             embed: files.embed.clone(),
             inv_freq,
             kv: kv_specs(spec, plan.kv_type).into_iter().map(|k| b.kv(k)).collect(),
+            entries: entry_specs(spec, plan.kv_type).into_iter().map(|e| b.entries(e)).collect(),
             free_blocks: Vec::new(),
             made_blocks: 0,
             store,
@@ -187,9 +233,9 @@ impl<B: Backend> Model<B> {
         })
     }
 
-    fn load_layers(b: &B, files: &Resolved, packed: &Receiver<()>, progress: Progress<'_>) -> Result<Vec<Layer<B>>, ModelError> {
+    fn load_layers(b: &B, files: &Resolved, plan: &MemoryPlan, packed: &Receiver<()>, progress: Progress<'_>) -> Result<Vec<Layer<B>>, ModelError> {
         let (spec, mut layers) = (&files.spec, Vec::with_capacity(files.layers.len()));
-        let (mut kv_index, mut moe_index) = (0, 0);
+        let (mut kv_index, mut entry_index, mut moe_index) = (0, 0, 0);
         for (i, (tensors, layer)) in files.layers.iter().zip(&spec.layers).enumerate() {
             let mixer = match (&tensors.mixer, &layer.mixer) {
                 (MixerTensors::Attention(t), MixerSpec::Attention(s)) => {
@@ -197,6 +243,12 @@ impl<B: Backend> Model<B> {
                     Mixer::Attention(Attention::load(b, files, t, *s, kv_index - 1, files.norm_form)?)
                 }
                 (MixerTensors::Gdn(t), MixerSpec::Gdn(s)) => Mixer::Gdn(Gdn::load(b, files, t, *s)?),
+                (MixerTensors::Latent(t), MixerSpec::Latent(s)) => {
+                    let attention = LatentSpec { ty: plan.kv_type, ..s.attention };
+                    let store = entry_index;
+                    entry_index += s.attention.compress.map_or(0, |c| 1 + usize::from(c.index.is_some()));
+                    Mixer::Latent(Box::new(Latent::load(b, files, t, s, attention, store)?))
+                }
                 _ => unreachable!("tensors were resolved from this spec"),
             };
             let ffn = match (&tensors.ffn, &layer.ffn) {
@@ -212,6 +264,10 @@ impl<B: Backend> Model<B> {
                 post_norm: vector(b, &files.norm(&tensors.post_norm, files.norm_form)?),
                 mixer,
                 ffn,
+                hyper: match &tensors.hyper {
+                    Some([a, f]) => Some([Hyper::load(b, files, a)?, Hyper::load(b, files, f)?]),
+                    None => None,
+                },
             });
             progress("layers", i + 1, spec.layers.len());
             // Ended only when it has no layer left to read.
@@ -278,11 +334,7 @@ impl<B: Backend> Model<B> {
 
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence<B> {
-        let specs = self.spec.layers.iter().map(|l| match &l.mixer {
-            MixerSpec::Gdn(g) => Some(StateSpec::Gdn(*g)),
-            MixerSpec::Attention(_) => None,
-        });
-        Sequence::new(&self.backend, specs.collect())
+        Sequence::new(&self.backend, state_specs(&self.spec, self.plan.kv_type))
     }
 
     /// Takes back a sequence's KV blocks.
@@ -293,12 +345,12 @@ impl<B: Backend> Model<B> {
     /// Whether a sequence can grow to `len` tokens within the planned KV blocks.
     pub fn can_grow(&self, seq: &Sequence<B>, len: usize) -> bool {
         let wanted = len.div_ceil(KV_BLOCK).saturating_sub(seq.blocks.len());
-        self.kv.is_empty() || wanted <= self.free_blocks.len() + self.plan.kv_blocks.saturating_sub(self.made_blocks)
+        self.plan.kv_block == 0 || wanted <= self.free_blocks.len() + self.plan.kv_blocks.saturating_sub(self.made_blocks)
     }
 
     /// Gives a sequence blocks for `len` tokens; the bank gives slots up where the budget asks for it.
     fn reserve(&mut self, seq: &mut Sequence<B>, len: usize) -> Result<(), ModelError> {
-        if self.kv.is_empty() {
+        if self.plan.kv_block == 0 {
             return Ok(());
         }
         while seq.blocks.len() * KV_BLOCK < len {
@@ -322,6 +374,9 @@ impl<B: Backend> Model<B> {
             }
             for kv in &mut self.kv {
                 self.backend.kv_grow(kv, self.made_blocks);
+            }
+            for entries in &mut self.entries {
+                self.backend.entries_grow(entries, self.made_blocks);
             }
         }
         Ok(())
@@ -352,22 +407,19 @@ impl<B: Backend> Model<B> {
         if let Some(store) = &mut self.store {
             store.next_pass(rows.len());
         }
-        let mut embedded = vec![0.0; rows.len() * self.spec.hidden];
-        for (row, out) in rows.iter().zip(embedded.chunks_exact_mut(self.spec.hidden)) {
-            self.embed.row_f32(row.token as usize, out)?;
+        let (hidden, width) = (self.spec.hidden, self.spec.residual());
+        let mut embedded = vec![0.0; rows.len() * width];
+        for (row, out) in rows.iter().zip(embedded.chunks_exact_mut(width)) {
+            let (first, others) = out.split_at_mut(hidden);
+            self.embed.row_f32(row.token as usize, first)?;
+            others.chunks_exact_mut(hidden).for_each(|stream| stream.copy_from_slice(first));
         }
-        let mut x = self.backend.tensor(rows.len(), self.spec.hidden);
+        let mut x = self.backend.tensor(rows.len(), width);
         self.backend.upload(&mut x, 0, &embedded);
         let half = self.inv_freq.len();
         let mut rope = vec![0.0; rows.len() * 2 * half];
         for (row, out) in rows.iter().zip(rope.chunks_exact_mut((2 * half).max(1))) {
-            let (cos, sin) = out.split_at_mut(half);
-            for ((inv, c), s) in self.inv_freq.iter().zip(cos).zip(sin) {
-                // The angle in f32, as transformers has it; its cosine as exact as f64 gives.
-                let angle = f64::from(row.pos as f32 * inv);
-                *c = angle.cos() as f32;
-                *s = angle.sin() as f32;
-            }
+            angles(&self.inv_freq, row.pos, out);
         }
         Ok(Forward { rows, spans, x, rope, layer: 0 })
     }
@@ -391,9 +443,7 @@ impl<B: Backend> Model<B> {
                 return Err(ExpertError::Cancelled.into());
             }
             let rows = self.plan.chunks.mixer.min(total - first);
-            b.reshape(&mut ws.h, rows, self.spec.hidden);
-            b.reshape(&mut ws.out, rows, self.spec.hidden);
-            b.rms_norm(&f.x, first, rows, &layer.input_norm, eps, &mut ws.h);
+            layer.read(b, &self.spec, Part::Mixer, &f.x, first, rows, ws);
             // The part of every span that lies in this chunk.
             let cut = f.spans.iter().filter_map(|s| {
                 let (start, end) = (s.row.max(first), (s.row + s.rows).min(first + rows));
@@ -415,16 +465,26 @@ impl<B: Backend> Model<B> {
                     }
                     g.forward(b, ws, rows, &mut segments);
                 }
+                Mixer::Latent(l) => {
+                    let cut: Vec<_> = cut.collect();
+                    let mut segments = Vec::with_capacity(cut.len());
+                    for (i, seq) in seqs.iter_mut().enumerate() {
+                        let seq = &mut **seq;
+                        if let (Some(&(_, row, rows, pos)), Some(state)) = (cut.iter().find(|c| c.0 == i), &mut seq.states[index]) {
+                            segments.push(LatentSegment { row, rows, pos, entry_row: 0, blocks: &seq.blocks, state });
+                        }
+                    }
+                    l.forward(b, ws, rows, &mut segments, &mut self.entries);
+                }
             }
-            b.add(&mut f.x, first, rows, &ws.out);
+            layer.write(b, &self.spec, &mut f.x, first, rows, ws);
         }
-        b.reshape(&mut ws.h, total, self.spec.hidden);
-        b.reshape(&mut ws.out, total, self.spec.hidden);
-        b.rms_norm(&f.x, 0, total, &layer.post_norm, eps, &mut ws.h);
+        layer.read(b, &self.spec, Part::Ffn, &f.x, 0, total, ws);
         match (&layer.ffn, &mut self.store) {
             (Ffn::Moe(m), Some(store)) => {
                 let next = match self.layers.get(f.layer + 1) {
-                    Some(Layer { ffn: Ffn::Moe(moe), post_norm: norm, .. }) => Some(Next { moe, norm, x: &f.x, eps }),
+                    // What a router reads of several streams is not known before they are written.
+                    Some(Layer { ffn: Ffn::Moe(moe), post_norm: norm, hyper: None, .. }) => Some(Next { moe, norm, x: &f.x, eps }),
                     _ => None,
                 };
                 m.forward(b, ws, total, store, next, log, cancelled)?;
@@ -435,7 +495,7 @@ impl<B: Backend> Model<B> {
                 d.add(b, &ws.h, total, &mut ws.act, &mut ws.out);
             }
         }
-        b.add(&mut f.x, 0, total, &ws.out);
+        layer.write(b, &self.spec, &mut f.x, 0, total, ws);
         f.layer += 1;
         Ok(f.layer == self.layers.len())
     }
@@ -451,7 +511,14 @@ impl<B: Backend> Model<B> {
                 continue;
             }
             let n = f.rows[row..].iter().take(HEAD_ROWS).take_while(|r| r.want == Want::Logits).count();
-            b.rms_norm(&f.x, row, n, &self.final_norm, self.spec.eps, &mut self.ws.head_in);
+            match (&self.head_hyper, &self.spec.hyper) {
+                (Some(hyper), Some(h)) => {
+                    b.reshape(&mut self.ws.out, n, self.spec.hidden);
+                    hyper.head(b, h, &f.x, row, n, &mut self.ws.out);
+                    b.rms_norm(&self.ws.out, 0, n, &self.final_norm, self.spec.eps, &mut self.ws.head_in);
+                }
+                _ => b.rms_norm(&f.x, row, n, &self.final_norm, self.spec.eps, &mut self.ws.head_in),
+            }
             b.linear(&self.ws.head_in, n, &mut [(&self.head, &mut self.ws.logits)]);
             logits.resize(n * self.spec.vocab, 0.0);
             b.read(&self.ws.logits, 0, &mut logits);

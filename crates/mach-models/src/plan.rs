@@ -1,6 +1,6 @@
 //! The memory plan: what goes where inside the budget, and whether it can work at all. Pure arithmetic.
 
-use mach_backend::{KV_BLOCK, KvSpec, KvType};
+use mach_backend::{CompressSpec, EntrySpec, KV_BLOCK, KvSpec, KvType, LatentSpec, StateSpec};
 use mach_experts::{Residency, floor_slots};
 
 use crate::ModelError;
@@ -143,17 +143,30 @@ impl Verdict {
 pub(crate) fn kv_specs(spec: &ModelSpec, ty: KvType) -> Vec<KvSpec> {
     let of = |m: &MixerSpec| match m {
         MixerSpec::Attention(a) => Some(KvSpec { kv_heads: a.kv_heads, head_dim: a.head_dim, ty }),
-        MixerSpec::Gdn(_) => None,
+        MixerSpec::Gdn(_) | MixerSpec::Latent(_) => None,
     };
     spec.layers.iter().filter_map(|l| of(&l.mixer)).collect()
 }
 
-fn state_bytes(spec: &ModelSpec) -> u64 {
+/// The stores of every layer with compressed entries: entries, then index keys where there are any.
+pub(crate) fn entry_specs(spec: &ModelSpec, ty: KvType) -> Vec<EntrySpec> {
     let of = |m: &MixerSpec| match m {
-        MixerSpec::Gdn(g) => g.state_bytes() as u64,
-        MixerSpec::Attention(_) => 0,
+        MixerSpec::Latent(l) => l.attention.compress.map(|c| (c, l.attention.dim)),
+        MixerSpec::Attention(_) | MixerSpec::Gdn(_) => None,
     };
-    spec.layers.iter().map(|l| of(&l.mixer)).sum()
+    let stores =
+        |(c, dim): (CompressSpec, usize)| [Some(dim), c.index.map(|i| i.dim)].into_iter().flatten().map(move |width| EntrySpec { ratio: c.ratio, width, ty });
+    spec.layers.iter().filter_map(|l| of(&l.mixer)).flat_map(stores).collect()
+}
+
+/// What each layer carries from token to token besides paged keys.
+pub(crate) fn state_specs(spec: &ModelSpec, ty: KvType) -> Vec<Option<StateSpec>> {
+    let of = |m: &MixerSpec| match m {
+        MixerSpec::Gdn(g) => Some(StateSpec::Gdn(*g)),
+        MixerSpec::Latent(l) => Some(StateSpec::Latent(LatentSpec { ty, ..l.attention })),
+        MixerSpec::Attention(_) => None,
+    };
+    spec.layers.iter().map(|l| of(&l.mixer)).collect()
 }
 
 /// The budget when none was given: what is available less a reserve of an eighth, or of 2 GiB where that is at most a
@@ -174,12 +187,14 @@ impl MemoryPlan {
             None => (default_budget(options.available), "available memory"),
         };
         let kv_type = options.kv.unwrap_or(if sizes.quantised { KvType::F16 } else { KvType::F32 });
-        let kv_block: u64 = kv_specs(spec, kv_type).iter().map(|k| k.block_bytes() as u64).sum();
+        let entries: u64 = entry_specs(spec, kv_type).iter().map(|e| e.block_bytes() as u64).sum();
+        let kv_block: u64 = kv_specs(spec, kv_type).iter().map(|k| k.block_bytes() as u64).sum::<u64>() + entries;
         let experts = spec.routed_experts();
         let all_experts = experts as u64 * sizes.slot_bytes;
         let top_k = spec.top_k();
         let floor = floor_slots(top_k).min(experts);
-        let states = state_bytes(spec) * WARM_SEQUENCES * STATES_PER_SEQUENCE;
+        let state: u64 = state_specs(spec, kv_type).iter().flatten().map(|s| s.bytes() as u64).sum();
+        let states = state * WARM_SEQUENCES * STATES_PER_SEQUENCE;
         let kv_of = |context: usize| context.div_ceil(KV_BLOCK) as u64 * kv_block;
         let limit = spec.max_positions.clamp(1, DEFAULT_CONTEXT);
         let max_context = options.context.unwrap_or(limit);

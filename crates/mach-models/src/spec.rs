@@ -1,6 +1,6 @@
 //! What a family says of a model: shapes and operation specs per layer, no weights.
 
-use mach_backend::{Activation, AttentionSpec, GdnSpec, RouterSpec};
+use mach_backend::{Activation, AttentionSpec, GdnSpec, HyperSpec, LatentSpec, RouterSpec};
 
 use crate::config::Rope;
 
@@ -21,6 +21,8 @@ pub struct ModelSpec {
     pub max_positions: usize,
     /// The head is the embedding.
     pub tied: bool,
+    /// Streams of the residual, where it has several.
+    pub hyper: Option<HyperSpec>,
     /// Layers, first to last.
     pub layers: Vec<LayerSpec>,
 }
@@ -41,6 +43,23 @@ pub enum MixerSpec {
     Attention(AttentionSpec),
     /// Gated delta net.
     Gdn(GdnSpec),
+    /// Latent attention over a window and compressed entries.
+    Latent(LatentBlock),
+}
+
+/// Latent attention with the projections around it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LatentBlock {
+    /// The operation; its type is that of the KV cache, whatever stands here.
+    pub attention: LatentSpec,
+    /// Width of the queries between their two projections.
+    pub q_rank: usize,
+    /// Groups of heads that the output is projected in.
+    pub groups: usize,
+    /// Width of a group between its two projections.
+    pub o_rank: usize,
+    /// Frequencies of the rotating channels.
+    pub inv_freq: Vec<f32>,
 }
 
 /// Feed-forward parts.
@@ -82,6 +101,11 @@ impl ModelSpec {
     /// Experts per token (0 for a model without MoE layers).
     pub fn top_k(&self) -> usize {
         self.moe_layers().map(|(_, m)| m.router.top_k).max().unwrap_or(0)
+    }
+
+    /// Width of a residual row.
+    pub fn residual(&self) -> usize {
+        self.hidden * self.hyper.map_or(1, |h| h.streams)
     }
 
     /// Routed experts of all layers.

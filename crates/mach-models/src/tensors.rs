@@ -8,13 +8,18 @@ use mach_format::{Checkpoint, ExpertSource, LayerPlan, Matrix, PackPlan, ScaleTy
 
 use crate::ModelError;
 use crate::gguf::has_gguf_weights;
+use crate::latent_tensors::{HyperTensors, LatentTensors};
 use crate::registry::MoeArchAdapter;
 use crate::spec::{FfnSpec, MixerSpec, ModelSpec, MoeSpec};
 
 /// Names of a family's tensors; modules without `.weight`, `{}` stands for an expert id.
 pub struct WeightNames {
-    /// What may stand before `embed_tokens`, `layers.N.`, `norm`.
+    /// What may stand before the embedding, `layers.N.`, `norm`.
     pub roots: &'static [&'static str],
+    /// Embedding.
+    pub embed: &'static str,
+    /// Norms before the mixer and before the feed-forward part.
+    pub norms: [&'static str; 2],
     /// Output head.
     pub heads: &'static [&'static str],
     /// q, k, v, o projections and the weights of the q and k norms.
@@ -44,6 +49,8 @@ pub struct WeightNames {
 /// Names of Qwen3-MoE and Qwen3.5-MoE.
 pub static QWEN: WeightNames = WeightNames {
     roots: &["model.language_model.", "language_model.model.", "model."],
+    embed: "embed_tokens",
+    norms: ["input_layernorm", "post_attention_layernorm"],
     heads: &["lm_head", "language_model.lm_head"],
     attention: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm"],
     gdn: ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a", "linear_attn.out_proj"],
@@ -116,6 +123,7 @@ pub struct MoeTensors {
 pub(crate) enum MixerTensors {
     Attention(AttentionTensors),
     Gdn(GdnTensors),
+    Latent(Box<LatentTensors>),
 }
 
 pub(crate) enum FfnTensors {
@@ -128,6 +136,8 @@ pub(crate) struct LayerTensors {
     pub post_norm: String,
     pub mixer: MixerTensors,
     pub ffn: FfnTensors,
+    /// Around the mixer and the feed-forward part.
+    pub hyper: Option<[HyperTensors; 2]>,
 }
 
 /// A checkpoint whose tensors were all found and have the shapes that the config says.
@@ -139,6 +149,8 @@ pub struct Resolved {
     /// Equal to `embed` when tied.
     pub(crate) head: Matrix,
     pub(crate) final_norm: String,
+    /// Before the head.
+    pub(crate) head_hyper: Option<HyperTensors>,
     pub(crate) layers: Vec<LayerTensors>,
     /// Of the block norms.
     pub(crate) norm_form: NormForm,
@@ -159,7 +171,7 @@ impl Resolved {
             hint: format!("no tensor of a {} model was found; is this its weight folder?", arch.model_type),
         })?;
         let mut r = Resolver { ck: &ck, used: HashSet::new() };
-        let embed = r.matrix(&format!("{root}embed_tokens"), spec.vocab, spec.hidden)?;
+        let embed = r.matrix(&format!("{root}{}", names.embed), spec.vocab, spec.hidden)?;
         let head_name = names.heads.iter().find(|h| ck.tensor(&format!("{h}.weight")).is_some());
         let head = match head_name {
             Some(name) if !spec.tied => r.matrix(name, spec.vocab, spec.hidden)?,
@@ -178,18 +190,27 @@ impl Resolved {
         for (i, layer) in spec.layers.iter().enumerate() {
             let at = |name: &str| format!("{root}layers.{i}.{name}");
             layers.push(LayerTensors {
-                input_norm: r.vector(at("input_layernorm.weight"), spec.hidden)?,
-                post_norm: r.vector(at("post_attention_layernorm.weight"), spec.hidden)?,
+                input_norm: r.vector(at(names.norms[0]) + ".weight", spec.hidden)?,
+                post_norm: r.vector(at(names.norms[1]) + ".weight", spec.hidden)?,
                 mixer: match &layer.mixer {
                     MixerSpec::Attention(a) => MixerTensors::Attention(r.attention(names, &at, spec.hidden, a)?),
                     MixerSpec::Gdn(g) => MixerTensors::Gdn(r.gdn(names, &at, spec.hidden, g)?),
+                    MixerSpec::Latent(l) => MixerTensors::Latent(Box::new(r.latent(&at, spec.hidden, l)?)),
                 },
                 ffn: match &layer.ffn {
                     FfnSpec::Moe(m) => FfnTensors::Moe(Box::new(r.moe(names, &at, spec.hidden, m, i)?)),
                     FfnSpec::Dense { inner, .. } => FfnTensors::Dense(Box::new(r.feed_forward(names.dense, None, &at, spec.hidden, *inner)?)),
                 },
+                hyper: match &spec.hyper {
+                    Some(h) => {
+                        let mut of = |part: &str| r.hyper(&|what| at(&format!("hc_{part}_{what}")), spec.hidden, h, h.mixes(), 3);
+                        Some([of("attn")?, of("ffn")?])
+                    }
+                    None => None,
+                },
             });
         }
+        let head_hyper = spec.hyper.map(|h| r.hyper(&|what| format!("{root}hc_head_{what}"), spec.hidden, &h, h.streams, 1)).transpose()?;
         let used = r.used;
         let (unused, unknown): (Vec<_>, Vec<_>) = ck
             .tensors()
@@ -201,7 +222,7 @@ impl Resolved {
         }
         let unused = unused.into_iter().map(str::to_owned).collect();
         let norm_form = norm_form(&ck, arch, &layers);
-        Ok(Self { arch, spec, embed, head, final_norm, layers, norm_form, unused, ck })
+        Ok(Self { arch, spec, embed, head, final_norm, head_hyper, layers, norm_form, unused, ck })
     }
 
     /// The checkpoint.
@@ -241,7 +262,7 @@ impl Resolved {
 
     /// Whether routed experts are stored unquantised in the checkpoint itself.
     pub fn plain_experts(&self) -> bool {
-        self.moe().any(|m| m.experts.as_ref().is_some_and(|e| e.gate.expert(0).format().is_plain()))
+        self.moe().any(|m| m.experts.as_ref().is_some_and(|e| !e.gate.expert(0).format().is_quantised()))
     }
 
     fn moe(&self) -> impl Iterator<Item = &MoeTensors> {
@@ -263,6 +284,7 @@ impl Resolved {
     /// Matrices that are kept in memory, with whether they are widened to f32 at load.
     fn resident(&self) -> Vec<(&Matrix, bool)> {
         let mut all = vec![(&self.head, false)];
+        all.extend(self.head_hyper.iter().map(|h| (&h.project, true)));
         for layer in &self.layers {
             match &layer.mixer {
                 MixerTensors::Attention(t) => all.extend([&t.q, &t.k, &t.v, &t.o].map(|m| (m, false))),
@@ -270,7 +292,9 @@ impl Resolved {
                     all.extend([&t.qkv, &t.z, &t.o].map(|m| (m, false)));
                     all.extend([&t.b, &t.a].map(|m| (m, true)));
                 }
+                MixerTensors::Latent(t) => all.extend(t.matrices()),
             }
+            all.extend(layer.hyper.iter().flatten().map(|h| (&h.project, true)));
             let block = match &layer.ffn {
                 FfnTensors::Moe(m) => {
                     all.push((&m.router, true));
@@ -365,7 +389,7 @@ fn module_of(tensor: &str) -> &str {
 fn norm_form(ck: &Checkpoint, arch: &MoeArchAdapter, layers: &[LayerTensors]) -> NormForm {
     let conv = layers.iter().find_map(|l| match &l.mixer {
         MixerTensors::Gdn(g) => ck.tensor(&g.conv),
-        MixerTensors::Attention(_) => None,
+        MixerTensors::Attention(_) | MixerTensors::Latent(_) => None,
     });
     let mlx = match conv {
         Some(info) => info.shape.len() == 3 && info.shape[1] != 1,
@@ -374,7 +398,7 @@ fn norm_form(ck: &Checkpoint, arch: &MoeArchAdapter, layers: &[LayerTensors]) ->
     if arch.one_plus_norm && !mlx && !has_gguf_weights(ck) { NormForm::OnePlus } else { NormForm::Plain }
 }
 
-struct Resolver<'a> {
+pub(crate) struct Resolver<'a> {
     ck: &'a Checkpoint,
     used: HashSet<String>,
 }
@@ -392,7 +416,7 @@ impl Resolver<'_> {
         Ok(m)
     }
 
-    fn matrix(&mut self, module: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+    pub(crate) fn matrix(&mut self, module: &str, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
         let m = self.raw(module)?;
         check_shape(&m, None, rows, cols)?;
         Ok(m)
@@ -405,7 +429,7 @@ impl Resolver<'_> {
     }
 
     /// A tensor of `len` values, whatever its dimensions.
-    fn vector(&mut self, name: String, len: usize) -> Result<String, ModelError> {
+    pub(crate) fn vector(&mut self, name: String, len: usize) -> Result<String, ModelError> {
         let info = self.ck.require(&name)?;
         if info.shape.iter().product::<usize>() != len || !info.dtype.is_float() {
             return Err(ModelError::Shape { name, expected: format!("{len} floats"), got: format!("{:?} of {:?}", info.shape, info.dtype) });

@@ -2,7 +2,7 @@
 
 use mach_backend::Backend;
 
-use crate::spec::{FfnSpec, MixerSpec, ModelSpec};
+use crate::spec::{FfnSpec, LatentBlock, MixerSpec, ModelSpec};
 
 /// Rows up to which the MoE step buffers expert outputs (decode) instead of adding in place (prefill).
 pub const DECODE_ROWS: usize = 16;
@@ -33,6 +33,23 @@ pub(crate) struct GdnScratch<T> {
     pub out: T,
 }
 
+pub(crate) struct LatentScratch<T> {
+    pub q_a: T,
+    pub q_normed: T,
+    pub q: T,
+    pub kv: T,
+    pub pool_kv: T,
+    pub pool_gate: T,
+    pub index_q: T,
+    pub index_kv: T,
+    pub index_gate: T,
+    pub index_weights: T,
+    pub rope: T,
+    pub entry_rope: T,
+    pub out: T,
+    pub grouped: T,
+}
+
 /// Scratch of one forward pass at a time.
 pub(crate) struct Workspace<B: Backend> {
     /// Normed rows.
@@ -44,6 +61,9 @@ pub(crate) struct Workspace<B: Backend> {
     pub rope_half: usize,
     pub attention: AttentionScratch<B::Tensor>,
     pub gdn: GdnScratch<B::Tensor>,
+    pub latent: LatentScratch<B::Tensor>,
+    /// How blocks write to the streams of the residual.
+    pub mix: B::Tensor,
     pub act: B::Tensor,
     /// Expert outputs of a decode step.
     pub y: B::Tensor,
@@ -69,11 +89,52 @@ struct Widths {
     v_heads: usize,
     inner: usize,
     top_k: usize,
+    mix: usize,
+    latent: LatentWidths,
+}
+
+/// Columns of [`LatentScratch`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct LatentWidths {
+    q_rank: usize,
+    heads: usize,
+    kv: usize,
+    pool: usize,
+    index_q: usize,
+    index_heads: usize,
+    index_pool: usize,
+    rotary: usize,
+    grouped: usize,
+}
+
+impl LatentWidths {
+    fn take(&mut self, l: &LatentBlock) {
+        let max = |a: &mut usize, b: usize| *a = (*a).max(b);
+        let a = &l.attention;
+        max(&mut self.q_rank, l.q_rank);
+        max(&mut self.heads, a.heads * a.dim);
+        max(&mut self.kv, a.dim);
+        max(&mut self.rotary, a.rotary);
+        max(&mut self.grouped, l.groups * l.o_rank);
+        if let Some(c) = &a.compress {
+            max(&mut self.pool, c.width(a.dim));
+            if let Some(i) = &c.index {
+                max(&mut self.index_q, i.heads * i.dim);
+                max(&mut self.index_heads, i.heads);
+                max(&mut self.index_pool, c.width(i.dim));
+            }
+        }
+    }
+
+    /// Of one row.
+    const fn values(&self) -> usize {
+        2 * self.q_rank + 2 * self.heads + self.kv + 2 * self.pool + self.index_q + self.index_heads + 2 * self.index_pool + 2 * self.rotary + self.grouped
+    }
 }
 
 impl Widths {
     fn of(spec: &ModelSpec) -> Self {
-        let mut w = Self::default();
+        let mut w = Self { mix: spec.hyper.map_or(0, |h| h.streams * (1 + h.streams)), ..Self::default() };
         let max = |a: &mut usize, b: usize| *a = (*a).max(b);
         for layer in &spec.layers {
             match &layer.mixer {
@@ -88,6 +149,7 @@ impl Widths {
                     max(&mut w.values, g.v_heads * g.v_dim);
                     max(&mut w.v_heads, g.v_heads);
                 }
+                MixerSpec::Latent(l) => w.latent.take(l),
             }
             match &layer.ffn {
                 FfnSpec::Moe(m) => {
@@ -104,6 +166,7 @@ impl Widths {
 impl<B: Backend> Workspace<B> {
     pub fn new(backend: &B, spec: &ModelSpec, chunks: Chunks) -> Self {
         let w = Widths::of(spec);
+        let l = w.latent;
         let c = chunks.mixer;
         let rows = chunks.moe.max(c);
         let decode = DECODE_ROWS.min(rows) * w.top_k;
@@ -115,6 +178,23 @@ impl<B: Backend> Workspace<B> {
             rope_half: spec.rotary_dims / 2,
             attention: AttentionScratch { q: t(c, w.q), k: t(c, w.kv), v: t(c, w.kv), out: t(c, w.heads) },
             gdn: GdnScratch { qkv: t(c, w.channels), z: t(c, w.values), b: t(c, w.v_heads), a: t(c, w.v_heads), out: t(c, w.values) },
+            latent: LatentScratch {
+                q_a: t(c, l.q_rank),
+                q_normed: t(c, l.q_rank),
+                q: t(c, l.heads),
+                kv: t(c, l.kv),
+                pool_kv: t(c, l.pool),
+                pool_gate: t(c, l.pool),
+                index_q: t(c, l.index_q),
+                index_kv: t(c, l.index_pool),
+                index_gate: t(c, l.index_pool),
+                index_weights: t(c, l.index_heads),
+                rope: t(c, l.rotary),
+                entry_rope: t(c, l.rotary),
+                out: t(c, l.heads),
+                grouped: t(c, l.grouped),
+            },
+            mix: t(rows, w.mix),
             act: t(rows.max(decode), w.inner),
             y: t(decode, spec.hidden),
             routes: backend.routes(),
@@ -134,8 +214,12 @@ pub fn scratch_bytes(spec: &ModelSpec, chunks: Chunks) -> u64 {
     let c = chunks.mixer;
     let rows = chunks.moe.max(c);
     let decode = DECODE_ROWS.min(rows) * w.top_k;
-    let per_chunk = spec.rotary_dims + w.q + 2 * w.kv + w.heads + w.channels + 2 * w.values + 2 * w.v_heads;
+    let per_chunk = spec.rotary_dims + w.q + 2 * w.kv + w.heads + w.channels + 2 * w.values + 2 * w.v_heads + w.latent.values();
     // h, out and the residual; 16 bytes a route for ids, weights and groups.
-    let floats = rows * spec.hidden * 3 + c * per_chunk + rows.max(decode) * w.inner + decode * spec.hidden + HEAD_ROWS * (spec.hidden + spec.vocab);
+    let floats = rows * (spec.hidden * 2 + spec.residual() + w.mix)
+        + c * per_chunk
+        + rows.max(decode) * w.inner
+        + decode * spec.hidden
+        + HEAD_ROWS * (spec.hidden + spec.vocab);
     4 * floats as u64 + (rows * w.top_k * 16) as u64
 }

@@ -133,6 +133,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         rotary_dims: (head_dim as f64 * rope.partial) as usize / 2 * 2,
         max_positions: c.size_or("max_position_embeddings", 32_768)?,
         tied: c.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
+        hyper: None,
         layers: mixers.into_iter().map(|mixer| LayerSpec { mixer, ffn: FfnSpec::Moe(moe) }).collect(),
     };
     c.finish()?;

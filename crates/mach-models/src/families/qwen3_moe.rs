@@ -148,6 +148,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         rotary_dims: (head_dim as f64 * rope.partial) as usize / 2 * 2,
         max_positions: c.size_or("max_position_embeddings", 32_768)?,
         tied: c.flag_or("tie_word_embeddings", false)?,
+        hyper: None,
         layers,
     };
     c.finish()?;

@@ -2,6 +2,8 @@
 
 pub mod attention;
 pub mod gdn;
+pub mod hyper;
+pub mod latent;
 pub mod moe;
 
 use mach_backend::{Activation, Backend};
@@ -47,4 +49,15 @@ pub(crate) fn vector<B: Backend>(backend: &B, values: &[f32]) -> B::Tensor {
     let mut t = backend.tensor(1, values.len());
     backend.upload(&mut t, 0, values);
     t
+}
+
+/// cos, then sin, of `inv_freq` at a position.
+pub(crate) fn angles(inv_freq: &[f32], pos: usize, out: &mut [f32]) {
+    let (cos, sin) = out.split_at_mut(inv_freq.len());
+    for ((inv, c), s) in inv_freq.iter().zip(cos).zip(sin) {
+        // The angle in f32, as transformers has it; its cosine as exact as f64 gives.
+        let angle = f64::from(pos as f32 * inv);
+        *c = angle.cos() as f32;
+        *s = angle.sin() as f32;
+    }
 }
