@@ -262,7 +262,7 @@ impl Resolved {
 
     /// Whether routed experts are stored unquantised in the checkpoint itself.
     pub fn plain_experts(&self) -> bool {
-        self.moe().any(|m| m.experts.as_ref().is_some_and(|e| !e.gate.expert(0).format().is_quantised()))
+        self.moe().any(|m| m.experts.as_ref().is_some_and(|e| e.gate.expert(0).format().is_plain()))
     }
 
     fn moe(&self) -> impl Iterator<Item = &MoeTensors> {
