@@ -10,6 +10,7 @@ pub mod layers;
 mod model;
 pub mod plan;
 pub mod registry;
+pub mod rope;
 mod sequence;
 pub mod spec;
 pub mod tensors;
