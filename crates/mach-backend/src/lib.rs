@@ -15,8 +15,8 @@ pub use hyper::{HyperSpec, HyperWeights};
 pub use latent::{CompressSpec, EntrySpec, IndexRows, IndexSpec, LatentRows, LatentSegment, LatentSpec, LatentStores, LatentWeights, PoolRows, PoolWeights};
 pub use reference::Reference;
 pub use spec::{
-    Activation, AttentionSpec, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, KV_BLOCK, KvSpec, KvType, MERGE_SEGMENT, Part, QkNormRope, RouterSpec,
-    Segment, StateSpec,
+    Activation, AttentionSpec, ExpertBias, ExpertJob, ExpertLayout, Experts, GdnSegment, GdnSpec, GdnWeights, KV_BLOCK, KvSpec, KvType, MERGE_SEGMENT, Part,
+    QkNormRope, RouterBias, RouterScore, RouterSpec, RouterWeights, Segment, StateSpec,
 };
 
 use mach_format::{AlignedBytes, PackedLayout, PackedMatrix};
@@ -102,8 +102,15 @@ pub trait Backend: Send + Sync + 'static {
     /// Several products of the same rows: `out[r] = W x[r]`. Plain weights compute in f32; quantised ones may
     /// quantise the activation rows (once, for all of them).
     fn linear(&self, x: &Self::Tensor, rows: usize, outs: &mut [(&Self::Weight, &mut Self::Tensor)]);
-    /// Per head q/k norm, rotary embedding, rounding to the KV type and storing of K and V. `q` and `k` are
-    /// changed in place; `q` may interleave a gate per head (see [`AttentionSpec::gate`]).
+    /// Adds the row `bias` `[1, cols]` to the first `rows` rows.
+    fn add_bias(&self, x: &mut Self::Tensor, rows: usize, bias: &Self::Tensor);
+    /// Multiplies `rows` rows from `x_row` on.
+    fn scale(&self, x: &mut Self::Tensor, x_row: usize, rows: usize, by: f32);
+    /// `cap · tanh(x / cap)` of the first `rows` rows.
+    fn soft_cap(&self, x: &mut Self::Tensor, rows: usize, cap: f32);
+    /// Per head norms, rotary embedding, rounding to the KV type and storing of K and V. `q` and `k` are
+    /// changed in place; `q` may interleave a gate per head (see [`AttentionSpec::gate`]). Without `v` the values are those of
+    /// `k` before its norm.
     #[allow(clippy::too_many_arguments)]
     fn qkv_store(
         &self,
@@ -111,14 +118,15 @@ pub trait Backend: Send + Sync + 'static {
         prep: &QkNormRope<'_, Self::Tensor>,
         q: &mut Self::Tensor,
         k: &mut Self::Tensor,
-        v: &Self::Tensor,
+        v: Option<&Self::Tensor>,
         segments: &[Segment<'_>],
         kv: &mut Self::Kv,
     );
     /// Causal attention of query rows over their sequence's blocks; `out` is `[rows, heads·head_dim]`, multiplied
     /// by `sigmoid(gate)` where the spec has one. Partial results cover [`MERGE_SEGMENT`] keys at absolute
-    /// positions and are merged in index order.
-    fn attention(&self, spec: &AttentionSpec, q: &Self::Tensor, segments: &[Segment<'_>], kv: &Self::Kv, out: &mut Self::Tensor);
+    /// positions and are merged in index order. `sinks` `[1, heads]` are logits that take part in the softmax and have no value:
+    /// merging begins with them.
+    fn attention(&self, spec: &AttentionSpec, q: &Self::Tensor, sinks: Option<&Self::Tensor>, segments: &[Segment<'_>], kv: &Self::Kv, out: &mut Self::Tensor);
     /// Gated delta rule with causal depthwise conv, then gated RMS norm; always sequential over tokens.
     /// `qkv` `[rows, 2·k_heads·k_dim + v_heads·v_dim]`, `z` `[rows, v_heads·v_dim]`, `b` and `a` `[rows, v_heads]`.
     #[allow(clippy::too_many_arguments)]
@@ -133,16 +141,32 @@ pub trait Backend: Send + Sync + 'static {
         segments: &mut [GdnSegment<'_, Self::State>],
         out: &mut Self::Tensor,
     );
-    /// Scores `rows` rows and keeps the top k, ties to the lowest id. Activations stay f32.
-    fn route(&self, spec: &RouterSpec, x: &Self::Tensor, rows: usize, w: &Self::Weight, routes: &mut Self::Routes);
-    /// Reads the choices back: `[rows·k]` ids and weights, largest weight first within a row.
+    /// Scores `rows` rows and keeps the top k, ties to the lowest id. Activations stay f32. With `given` `[rows·k]` the ids are
+    /// these, and only the weights come from the scores.
+    fn route(
+        &self,
+        spec: &RouterSpec,
+        w: &RouterWeights<'_, Self::Tensor, Self::Weight>,
+        x: &Self::Tensor,
+        rows: usize,
+        given: Option<&[u32]>,
+        routes: &mut Self::Routes,
+    );
+    /// Reads the choices back: `[rows·k]` ids and weights, within a row in the order of choice or as given.
     fn read_routes(&self, routes: &Self::Routes, ids: &mut Vec<u32>, weights: &mut Vec<f32>);
-    /// For every job and row: `act[outs[i]] = activation(gate x[rows[i]]) ⊙ (up x[rows[i]])`.
-    fn experts_gate_up(&self, layout: &ExpertLayout, mem: &Self::Memory, jobs: &[ExpertJob<'_>], x: &Self::Tensor, act: &mut Self::Tensor);
-    /// For every job and row: `y[outs[i]] = down act[outs[i]]`.
-    fn experts_down(&self, layout: &ExpertLayout, mem: &Self::Memory, jobs: &[ExpertJob<'_>], act: &Self::Tensor, y: &mut Self::Tensor);
-    /// One expert of a prefill: `out[rows[i]] = fma(weights[i], down act[outs[i]], out[rows[i]])`.
-    fn expert_down_add(&self, layout: &ExpertLayout, mem: &Self::Memory, job: &ExpertJob<'_>, weights: &[f32], act: &Self::Tensor, out: &mut Self::Tensor);
+    /// For every job and row: `act[outs[i]] = activation(gate x[rows[i]], up x[rows[i]])`, biases added before.
+    fn experts_gate_up(&self, experts: &Experts<'_, Self::Memory, Self::Tensor>, jobs: &[ExpertJob<'_>], x: &Self::Tensor, act: &mut Self::Tensor);
+    /// For every job and row: `y[outs[i]] = down act[outs[i]]`, plus the bias.
+    fn experts_down(&self, experts: &Experts<'_, Self::Memory, Self::Tensor>, jobs: &[ExpertJob<'_>], act: &Self::Tensor, y: &mut Self::Tensor);
+    /// One expert of a prefill: `out[rows[i]] = fma(weights[i], down act[outs[i]] + bias, out[rows[i]])`.
+    fn expert_down_add(
+        &self,
+        experts: &Experts<'_, Self::Memory, Self::Tensor>,
+        job: &ExpertJob<'_>,
+        weights: &[f32],
+        act: &Self::Tensor,
+        out: &mut Self::Tensor,
+    );
     /// `out[r] = Σ_j fma(weights[r·k+j], y[order[r·k+j]], ·)` from zero, in the order given (ascending expert id):
     /// the same arithmetic as [`Backend::expert_down_add`].
     fn experts_reduce(&self, y: &Self::Tensor, rows: usize, order: &[u32], weights: &[f32], out: &mut Self::Tensor);

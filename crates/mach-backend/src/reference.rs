@@ -3,13 +3,14 @@
 
 mod hyper;
 mod latent;
-
-use std::sync::{PoisonError, RwLock};
+mod memory;
 
 use mach_format::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
 
+pub use memory::Memory;
+
 use crate::spec::*;
-use crate::{Backend, EntrySpec, ExpertMemory, HyperSpec, HyperWeights, LatentRows, LatentSegment, LatentSpec, LatentStores, LatentWeights};
+use crate::{Backend, EntrySpec, HyperSpec, HyperWeights, LatentRows, LatentSegment, LatentSpec, LatentStores, LatentWeights};
 
 pub use latent::{Entries, LatentState};
 
@@ -69,69 +70,9 @@ impl GateUp {
         Self { gate: Weight::unpack(half, data, 2 * tile), up: Weight::unpack(half, &data[tile..], 2 * tile) }
     }
 
-    fn apply(&self, activation: Activation, x: &[f32]) -> Vec<f32> {
-        let Activation::SwiGlu = activation;
-        self.gate.apply(x).into_iter().zip(self.up.apply(x)).map(|(g, u)| silu(g) * u).collect()
-    }
-}
-
-/// Slots as locked byte vectors.
-pub struct Memory {
-    parts: Vec<[RwLock<Pages>; 2]>,
-    part_bytes: [usize; 2],
-}
-
-/// Bytes at a 4096-byte boundary inside an ordinary vector.
-struct Pages {
-    bytes: Vec<u8>,
-    start: usize,
-}
-
-impl Pages {
-    fn new(len: usize) -> Self {
-        let bytes = vec![0; len + 4096];
-        let start = bytes.as_ptr().align_offset(4096);
-        Self { bytes, start }
-    }
-}
-
-impl Memory {
-    fn with<R>(&self, slot: usize, part: usize, f: impl FnOnce(&[u8]) -> R) -> R {
-        let pages = self.parts[slot][part].read().unwrap_or_else(PoisonError::into_inner);
-        f(&pages.bytes[pages.start..pages.start + self.part_bytes[part]])
-    }
-}
-
-impl ExpertMemory for Memory {
-    fn slots(&self) -> usize {
-        self.parts.len()
-    }
-
-    fn part_bytes(&self) -> [usize; 2] {
-        self.part_bytes
-    }
-
-    fn fill(&self, slot: usize, parts: Part, f: &mut dyn FnMut([&mut [u8]; 2])) {
-        let [gate_up, down] = &self.parts[slot];
-        let mut gate_up = (parts != Part::Down).then(|| gate_up.write().unwrap_or_else(PoisonError::into_inner));
-        let mut down = (parts != Part::GateUp).then(|| down.write().unwrap_or_else(PoisonError::into_inner));
-        let mut empty: [u8; 0] = [];
-        let mut empty2: [u8; 0] = [];
-        let a: &mut [u8] = match gate_up.as_deref_mut() {
-            Some(p) => &mut p.bytes[p.start..][..self.part_bytes[0]],
-            None => &mut empty,
-        };
-        let b: &mut [u8] = match down.as_deref_mut() {
-            Some(p) => &mut p.bytes[p.start..][..self.part_bytes[1]],
-            None => &mut empty2,
-        };
-        f([a, b]);
-    }
-
-    fn release(&self, slot: usize) {
-        for (part, lock) in self.parts[slot].iter().enumerate() {
-            *lock.write().unwrap_or_else(PoisonError::into_inner) = Pages::new(self.part_bytes[part]);
-        }
+    fn apply(&self, activation: Activation, x: &[f32], bias: [&[f32]; 2]) -> Vec<f32> {
+        let [gate, up] = [(&self.gate, bias[0]), (&self.up, bias[1])].map(|(w, bias)| plus(w.apply(x), bias));
+        gate.into_iter().zip(up).map(|(g, u)| activate(activation, g, u)).collect()
     }
 }
 
@@ -192,12 +133,53 @@ fn silu(x: f32) -> f32 {
     x * sigmoid(x)
 }
 
+fn softmax(x: &mut [f32]) {
+    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    x.iter_mut().for_each(|x| *x = (*x - max).exp());
+    let sum: f32 = x.iter().sum();
+    x.iter_mut().for_each(|x| *x /= sum);
+}
+
+fn activate(activation: Activation, gate: f32, up: f32) -> f32 {
+    match activation {
+        Activation::SwiGlu => silu(gate) * up,
+        Activation::SwiGluClamped { limit } => silu(gate.min(limit)) * up.clamp(-limit, limit),
+        Activation::SwiGluOai { alpha, limit } => {
+            let gate = gate.min(limit);
+            gate * sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1.0)
+        }
+        Activation::GeGlu => 0.5 * gate * (1.0 + ((2.0 / std::f32::consts::PI).sqrt() * (gate + 0.044_715 * gate * gate * gate)).tanh()) * up,
+    }
+}
+
+/// Adds a bias, which may be empty.
+fn plus(mut x: Vec<f32>, bias: &[f32]) -> Vec<f32> {
+    x.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+    x
+}
+
+/// The down projection in a job's slot.
+fn down(experts: &Experts<'_, Memory, Tensor>, job: &ExpertJob<'_>) -> Weight {
+    let layout = &experts.layout.down;
+    experts.memory.with(job.slot, 1, |bytes| Weight::unpack(layout, bytes, layout.tile_bytes()))
+}
+
+/// An expert's biases of gate, up and down, empty where there are none.
+fn biases<'a>(experts: &Experts<'a, Memory, Tensor>, expert: usize) -> [&'a [f32]; 3] {
+    experts.bias.as_ref().map_or([&[]; 3], |b| [b.gate, b.up, b.down].map(|t| t.row(expert)))
+}
+
 fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
 fn rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
+}
+
+fn norm_plain(x: &mut [f32], eps: f32) {
+    let inv = rms(x, eps);
+    x.iter_mut().for_each(|x| *x *= inv);
 }
 
 fn norm_into(x: &mut [f32], w: Option<&Tensor>, eps: f32) {
@@ -262,8 +244,7 @@ impl Backend for Reference {
     }
 
     fn alloc_bank(&self, slots: usize, part_bytes: [usize; 2]) -> std::io::Result<Memory> {
-        let parts = (0..slots).map(|_| part_bytes.map(|len| RwLock::new(Pages::new(len)))).collect();
-        Ok(Memory { parts, part_bytes })
+        Ok(Memory::new(slots, part_bytes))
     }
 
     fn kv(&self, spec: KvSpec) -> Kv {
@@ -316,6 +297,24 @@ impl Backend for Reference {
         }
     }
 
+    fn add_bias(&self, x: &mut Tensor, rows: usize, bias: &Tensor) {
+        for r in 0..rows {
+            x.row_mut(r).iter_mut().zip(bias.row(0)).for_each(|(x, b)| *x += b);
+        }
+    }
+
+    fn scale(&self, x: &mut Tensor, x_row: usize, rows: usize, by: f32) {
+        for r in x_row..x_row + rows {
+            x.row_mut(r).iter_mut().for_each(|x| *x *= by);
+        }
+    }
+
+    fn soft_cap(&self, x: &mut Tensor, rows: usize, cap: f32) {
+        for r in 0..rows {
+            x.row_mut(r).iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        }
+    }
+
     fn linear(&self, x: &Tensor, rows: usize, outs: &mut [(&Weight, &mut Tensor)]) {
         for (w, out) in outs {
             for r in 0..rows {
@@ -330,7 +329,7 @@ impl Backend for Reference {
         prep: &QkNormRope<'_, Tensor>,
         q: &mut Tensor,
         k: &mut Tensor,
-        v: &Tensor,
+        v: Option<&Tensor>,
         segments: &[Segment<'_>],
         kv: &mut Kv,
     ) {
@@ -344,6 +343,10 @@ impl Backend for Reference {
                     norm_into(&mut head[..d], prep.q_norm, prep.eps);
                     rotate(&mut head[..d], cos_sin, prep.half);
                 }
+                let mut v = v.map_or_else(|| k.row(r).to_vec(), |v| v.row(r).to_vec());
+                if prep.v_norm {
+                    v.chunks_exact_mut(d).for_each(|head| norm_plain(head, prep.eps));
+                }
                 for head in k.row_mut(r).chunks_exact_mut(d) {
                     norm_into(head, prep.k_norm, prep.eps);
                     rotate(head, cos_sin, prep.half);
@@ -352,12 +355,12 @@ impl Backend for Reference {
                 let at = pos % KV_BLOCK * spec.kv_heads * d;
                 let [keys, values] = &mut kv.blocks[s.blocks[pos / KV_BLOCK] as usize];
                 keys[at..].iter_mut().zip(k.row(r)).for_each(|(o, &x)| *o = round(ty, x));
-                values[at..].iter_mut().zip(v.row(r)).for_each(|(o, &x)| *o = round(ty, x));
+                values[at..].iter_mut().zip(&v).for_each(|(o, &x)| *o = round(ty, x));
             }
         }
     }
 
-    fn attention(&self, spec: &AttentionSpec, q: &Tensor, segments: &[Segment<'_>], kv: &Kv, out: &mut Tensor) {
+    fn attention(&self, spec: &AttentionSpec, q: &Tensor, sinks: Option<&Tensor>, segments: &[Segment<'_>], kv: &Kv, out: &mut Tensor) {
         let d = spec.head_dim;
         let q_stride = if spec.gate { 2 * d } else { d };
         for s in segments {
@@ -368,9 +371,10 @@ impl Backend for Reference {
                     let kv_head = h / (spec.heads / spec.kv_heads);
                     let head = &q.row(r)[h * q_stride..(h + 1) * q_stride];
                     let scores: Vec<f32> = (first..=pos).map(|p| dot(&head[..d], kv.head(0, s.blocks, p, kv_head)) * spec.scale).collect();
-                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let sink = sinks.map_or(f32::NEG_INFINITY, |s| s.row(0)[h]);
+                    let max = scores.iter().copied().fold(sink, f32::max);
                     let exp: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
-                    let sum: f32 = exp.iter().sum();
+                    let sum: f32 = exp.iter().sum::<f32>() + (sink - max).exp();
                     let o = &mut out.row_mut(r)[h * d..(h + 1) * d];
                     o.fill(0.0);
                     for (p, e) in (first..=pos).zip(exp) {
@@ -433,20 +437,37 @@ impl Backend for Reference {
         }
     }
 
-    fn route(&self, spec: &RouterSpec, x: &Tensor, rows: usize, w: &Weight, routes: &mut Routes) {
+    fn route(&self, spec: &RouterSpec, w: &RouterWeights<'_, Tensor, Weight>, x: &Tensor, rows: usize, given: Option<&[u32]>, routes: &mut Routes) {
         routes.ids.clear();
         routes.weights.clear();
         for r in 0..rows {
-            let logits = w.apply(x.row(r));
-            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let exp: Vec<f32> = logits.iter().map(|l| (l - max).exp()).collect();
-            let sum: f32 = exp.iter().sum();
-            let mut order: Vec<u32> = (0..spec.experts as u32).collect();
-            order.sort_by(|&i, &j| exp[j as usize].total_cmp(&exp[i as usize]).then(i.cmp(&j)));
-            order.truncate(spec.top_k);
-            let kept: f32 = order.iter().map(|&e| exp[e as usize] / sum).sum();
-            let divisor = if spec.renormalise { kept } else { 1.0 };
-            routes.weights.extend(order.iter().map(|&e| exp[e as usize] / sum / divisor));
+            let bias = |kind| w.bias.filter(|_| spec.bias == kind).map_or(&[][..], |b| b.row(0));
+            let mut scores = plus(w.project.apply(x.row(r)), bias(RouterBias::Logits));
+            match spec.score {
+                RouterScore::Softmax => softmax(&mut scores),
+                RouterScore::SoftmaxOfChosen => {}
+                RouterScore::SqrtSoftplus => scores.iter_mut().for_each(|s| *s = softplus(*s).sqrt()),
+            }
+            let order: Vec<u32> = match given {
+                Some(ids) => ids[r * spec.top_k..(r + 1) * spec.top_k].to_vec(),
+                None => {
+                    let choice = plus(scores.clone(), bias(RouterBias::Choice));
+                    let mut order: Vec<u32> = (0..spec.experts as u32).collect();
+                    order.sort_by(|&i, &j| choice[j as usize].total_cmp(&choice[i as usize]).then(i.cmp(&j)));
+                    order.truncate(spec.top_k);
+                    order
+                }
+            };
+            let mut weights: Vec<f32> = order.iter().map(|&e| scores[e as usize]).collect();
+            if spec.score == RouterScore::SoftmaxOfChosen {
+                softmax(&mut weights);
+            }
+            if spec.renormalise {
+                let sum = weights.iter().sum::<f32>() + if spec.score == RouterScore::SqrtSoftplus { 1e-20 } else { 0.0 };
+                weights.iter_mut().for_each(|w| *w /= sum);
+            }
+            let own = |e: u32| w.expert_scale.map_or(1.0, |s| s.row(0)[e as usize]);
+            routes.weights.extend(weights.iter().zip(&order).map(|(w, &e)| w * spec.factor * own(e)));
             routes.ids.extend(order);
         }
     }
@@ -456,29 +477,32 @@ impl Backend for Reference {
         weights.clone_from(&routes.weights);
     }
 
-    fn experts_gate_up(&self, layout: &ExpertLayout, mem: &Memory, jobs: &[ExpertJob<'_>], x: &Tensor, act: &mut Tensor) {
+    fn experts_gate_up(&self, experts: &Experts<'_, Memory, Tensor>, jobs: &[ExpertJob<'_>], x: &Tensor, act: &mut Tensor) {
         for job in jobs {
-            let w = mem.with(job.slot, 0, |bytes| GateUp::unpack(&layout.gate_up, bytes));
+            let w = experts.memory.with(job.slot, 0, |bytes| GateUp::unpack(&experts.layout.gate_up, bytes));
+            let [gate, up, _] = biases(experts, job.expert);
             for (&row, &out) in job.rows.iter().zip(job.outs) {
-                let y = w.apply(layout.activation, x.row(row as usize));
+                let y = w.apply(experts.layout.activation, x.row(row as usize), [gate, up]);
                 act.row_mut(out as usize).copy_from_slice(&y);
             }
         }
     }
 
-    fn experts_down(&self, layout: &ExpertLayout, mem: &Memory, jobs: &[ExpertJob<'_>], act: &Tensor, y: &mut Tensor) {
+    fn experts_down(&self, experts: &Experts<'_, Memory, Tensor>, jobs: &[ExpertJob<'_>], act: &Tensor, y: &mut Tensor) {
         for job in jobs {
-            let w = mem.with(job.slot, 1, |bytes| Weight::unpack(&layout.down, bytes, layout.down.tile_bytes()));
+            let w = down(experts, job);
+            let [_, _, bias] = biases(experts, job.expert);
             for &out in job.outs {
-                y.row_mut(out as usize).copy_from_slice(&w.apply(act.row(out as usize)));
+                y.row_mut(out as usize).copy_from_slice(&plus(w.apply(act.row(out as usize)), bias));
             }
         }
     }
 
-    fn expert_down_add(&self, layout: &ExpertLayout, mem: &Memory, job: &ExpertJob<'_>, weights: &[f32], act: &Tensor, out: &mut Tensor) {
-        let w = mem.with(job.slot, 1, |bytes| Weight::unpack(&layout.down, bytes, layout.down.tile_bytes()));
+    fn expert_down_add(&self, experts: &Experts<'_, Memory, Tensor>, job: &ExpertJob<'_>, weights: &[f32], act: &Tensor, out: &mut Tensor) {
+        let w = down(experts, job);
+        let [_, _, bias] = biases(experts, job.expert);
         for ((&row, &a), &weight) in job.rows.iter().zip(job.outs).zip(weights) {
-            let y = w.apply(act.row(a as usize));
+            let y = plus(w.apply(act.row(a as usize)), bias);
             out.row_mut(row as usize).iter_mut().zip(y).for_each(|(o, y)| *o = weight.mul_add(y, *o));
         }
     }
@@ -506,7 +530,7 @@ impl Backend for Reference {
         out: &mut Tensor,
     ) {
         for r in 0..rows {
-            act.row_mut(r).copy_from_slice(&gate_up.apply(activation, x.row(r)));
+            act.row_mut(r).copy_from_slice(&gate_up.apply(activation, x.row(r), [&[]; 2]));
             let g = gate.map_or(1.0, |g| sigmoid(g.apply(x.row(r))[0]));
             let y = down.apply(act.row(r));
             out.row_mut(r).iter_mut().zip(y).for_each(|(o, y)| *o = g.mul_add(y, *o));

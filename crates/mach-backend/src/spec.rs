@@ -71,6 +71,8 @@ pub struct QkNormRope<'a, T> {
     pub q_norm: Option<&'a T>,
     /// Per-head RMS weight of k.
     pub k_norm: Option<&'a T>,
+    /// Values are normed per head too, without a weight.
+    pub v_norm: bool,
     /// `[rows, 2·half]`: cos of `half` frequencies, then sin, one row per batch row. Pairs are `(j, j + half)`;
     /// channels from `2·half` on pass.
     pub rope: &'a T,
@@ -167,23 +169,81 @@ pub struct GdnSegment<'a, S> {
     pub state: &'a mut S,
 }
 
-/// Router: softmax over all experts in f32, top k, optionally renormalised.
+/// What a router makes of its logits. All arithmetic is f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterScore {
+    /// Softmax over all experts.
+    Softmax,
+    /// The largest logits are chosen; softmax over the chosen.
+    SoftmaxOfChosen,
+    /// `sqrt(ln(1 + eˣ))`. Where such scores are renormalised, their sum has 1e-20 added.
+    SqrtSoftplus,
+}
+
+/// What a router's bias is added to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterBias {
+    /// There is none.
+    None,
+    /// The logits: it changes choices and weights.
+    Logits,
+    /// The scores, for choosing alone.
+    Choice,
+}
+
+/// Choice of experts and their weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RouterSpec {
     /// Routed experts.
     pub experts: usize,
     /// Experts per token.
     pub top_k: usize,
+    /// Of the logits.
+    pub score: RouterScore,
+    /// Bias.
+    pub bias: RouterBias,
     /// Divide the kept weights by their sum.
     pub renormalise: bool,
+    /// Factor on the weights, after everything else but an expert's own.
+    pub factor: f32,
+}
+
+impl RouterSpec {
+    /// Softmax over all experts, without a bias or factors.
+    pub const fn softmax(experts: usize, top_k: usize, renormalise: bool) -> Self {
+        Self { experts, top_k, score: RouterScore::Softmax, bias: RouterBias::None, renormalise, factor: 1.0 }
+    }
+}
+
+/// Weights of a router.
+pub struct RouterWeights<'a, T, W> {
+    /// `[experts, hidden]`.
+    pub project: &'a W,
+    /// `[1, experts]`, where the spec has a bias and ids are not given.
+    pub bias: Option<&'a T>,
+    /// `[1, experts]`: the last factor on an expert's weight.
+    pub expert_scale: Option<&'a T>,
 }
 
 /// What a feed-forward block does between gate|up and down.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// `silu(gate) · up`.
     SwiGlu,
+    /// `silu(min(gate, limit)) · clip(up, ±limit)`.
+    SwiGluClamped {
+        /// Bound.
+        limit: f32,
+    },
+    /// `g · sigmoid(alpha · g) · (u + 1)` of `g = min(gate, limit)` and `u = clip(up, ±limit)`.
+    SwiGluOai {
+        /// Factor inside the sigmoid.
+        alpha: f32,
+        /// Bound.
+        limit: f32,
+    },
+    /// `gelu(gate) · up`, with the form of gelu that has a tanh.
+    GeGlu,
 }
 
 /// How one layer's expert lies in the two parts of a slot.
@@ -208,11 +268,33 @@ pub enum Part {
     Both,
 }
 
+/// The routed experts of one layer.
+pub struct Experts<'a, M, T> {
+    /// How they lie in a slot.
+    pub layout: &'a ExpertLayout,
+    /// The bank.
+    pub memory: &'a M,
+    /// Where they have biases.
+    pub bias: Option<ExpertBias<'a, T>>,
+}
+
+/// Biases of all experts of a layer, a row each. They are kept apart from the records.
+pub struct ExpertBias<'a, T> {
+    /// `[experts, inner]`.
+    pub gate: &'a T,
+    /// `[experts, inner]`.
+    pub up: &'a T,
+    /// `[experts, hidden]`.
+    pub down: &'a T,
+}
+
 /// Rows that go through the expert in one slot.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertJob<'a> {
     /// Slot of the bank.
     pub slot: usize,
+    /// The expert in it: its row of the biases.
+    pub expert: usize,
     /// Rows of the input.
     pub rows: &'a [u32],
     /// Row of the activation (and output) buffer for each of `rows`.

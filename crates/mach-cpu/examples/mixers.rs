@@ -45,11 +45,11 @@ fn mixers(cpu: &Cpu) {
     cpu.kv_grow(&mut kv, blocks.len());
     for (rows, pos) in [(512, 0), (512, 4096), (1, 4096)] {
         let (mut q, mut k, v, rope) = (random(rows, 8192), random(rows, 512), random(rows, 512), random(rows, 64));
-        let prep = QkNormRope { eps: 1e-6, q_norm: None, k_norm: None, rope: &rope, half: 32 };
+        let prep = QkNormRope { eps: 1e-6, q_norm: None, k_norm: None, v_norm: false, rope: &rope, half: 32 };
         let segments = [Segment { row: 0, rows, pos, blocks: &blocks }];
-        let store = best(|| cpu.qkv_store(&spec, &prep, &mut q, &mut k, &v, &segments, &mut kv));
+        let store = best(|| cpu.qkv_store(&spec, &prep, &mut q, &mut k, Some(&v), &segments, &mut kv));
         let mut out = cpu.tensor(rows, 4096);
-        let ms = best(|| cpu.attention(&spec, &q, &segments, &kv, &mut out));
+        let ms = best(|| cpu.attention(&spec, &q, None, &segments, &kv, &mut out));
         println!("{:<10} {:>7} attention, {rows} rows from {pos}: {ms:.3} ms, preparing {store:.3} ms", cpu.kernel_set().name(), cpu.threads());
     }
 }

@@ -17,8 +17,8 @@ mod tensor;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mach_backend::{
-    Activation, AttentionSpec, Backend, EntrySpec, ExpertJob, ExpertLayout, GdnSegment, GdnSpec, GdnWeights, HyperSpec, HyperWeights, KvSpec, LatentRows,
-    LatentSegment, LatentSpec, LatentStores, LatentWeights, QkNormRope, RouterSpec, Segment, StateSpec,
+    Activation, AttentionSpec, Backend, EntrySpec, ExpertJob, Experts, GdnSegment, GdnSpec, GdnWeights, HyperSpec, HyperWeights, KvSpec, LatentRows,
+    LatentSegment, LatentSpec, LatentStores, LatentWeights, QkNormRope, RouterSpec, RouterWeights, Segment, StateSpec,
 };
 use mach_format::{AlignedBytes, PackedLayout, PackedMatrix};
 
@@ -251,6 +251,20 @@ impl Backend for Cpu {
         ops::norm::add(self.cx(), x, x_row, rows, y);
     }
 
+    fn add_bias(&self, x: &mut Tensor, rows: usize, bias: &Tensor) {
+        ops::norm::add_bias(self.cx(), x, rows, bias);
+    }
+
+    fn scale(&self, x: &mut Tensor, x_row: usize, rows: usize, by: f32) {
+        // SAFETY: a row of `cols` values.
+        ops::norm::each(self.cx(), x, x_row, rows, &|row, cols| unsafe { (self.kernels.scale)(row, cols, by) });
+    }
+
+    fn soft_cap(&self, x: &mut Tensor, rows: usize, cap: f32) {
+        // SAFETY: a row of `cols` values.
+        ops::norm::each(self.cx(), x, 0, rows, &|row, cols| unsafe { (self.kernels.soft_cap)(row, cols, cap) });
+    }
+
     fn linear(&self, x: &Tensor, rows: usize, outs: &mut [(&Weight, &mut Tensor)]) {
         ops::linear::linear(self.cx(), &mut self.scratch(), x, rows, outs);
     }
@@ -261,15 +275,15 @@ impl Backend for Cpu {
         prep: &QkNormRope<'_, Tensor>,
         q: &mut Tensor,
         k: &mut Tensor,
-        v: &Tensor,
+        v: Option<&Tensor>,
         segments: &[Segment<'_>],
         kv: &mut Kv,
     ) {
         ops::attention::qkv_store(self.cx(), spec, prep, q, k, v, segments, kv);
     }
 
-    fn attention(&self, spec: &AttentionSpec, q: &Tensor, segments: &[Segment<'_>], kv: &Kv, out: &mut Tensor) {
-        ops::attention::attention(self.cx(), &mut self.scratch(), spec, q, segments, kv, out);
+    fn attention(&self, spec: &AttentionSpec, q: &Tensor, sinks: Option<&Tensor>, segments: &[Segment<'_>], kv: &Kv, out: &mut Tensor) {
+        ops::attention::attention(self.cx(), &mut self.scratch(), spec, q, sinks, segments, kv, out);
     }
 
     fn gdn(
@@ -286,8 +300,8 @@ impl Backend for Cpu {
         ops::gdn::gdn(self.cx(), &mut self.scratch(), spec, w, qkv, z, b, a, segments, out);
     }
 
-    fn route(&self, spec: &RouterSpec, x: &Tensor, rows: usize, w: &Weight, routes: &mut Routes) {
-        ops::router::route(self.cx(), &mut self.scratch(), spec, x, rows, w, routes);
+    fn route(&self, spec: &RouterSpec, w: &RouterWeights<'_, Tensor, Weight>, x: &Tensor, rows: usize, given: Option<&[u32]>, routes: &mut Routes) {
+        ops::router::route(self.cx(), &mut self.scratch(), spec, w, x, rows, given, routes);
     }
 
     fn read_routes(&self, routes: &Routes, ids: &mut Vec<u32>, weights: &mut Vec<f32>) {
@@ -295,16 +309,16 @@ impl Backend for Cpu {
         weights.clone_from(&routes.weights);
     }
 
-    fn experts_gate_up(&self, layout: &ExpertLayout, mem: &Bank, jobs: &[ExpertJob<'_>], x: &Tensor, act: &mut Tensor) {
-        ops::experts::gate_up(self.cx(), &mut self.scratch(), layout, mem, jobs, x, act);
+    fn experts_gate_up(&self, experts: &Experts<'_, Bank, Tensor>, jobs: &[ExpertJob<'_>], x: &Tensor, act: &mut Tensor) {
+        ops::experts::gate_up(self.cx(), &mut self.scratch(), experts, jobs, x, act);
     }
 
-    fn experts_down(&self, layout: &ExpertLayout, mem: &Bank, jobs: &[ExpertJob<'_>], act: &Tensor, y: &mut Tensor) {
-        ops::experts::down(self.cx(), &mut self.scratch(), layout, mem, jobs, act, y);
+    fn experts_down(&self, experts: &Experts<'_, Bank, Tensor>, jobs: &[ExpertJob<'_>], act: &Tensor, y: &mut Tensor) {
+        ops::experts::down(self.cx(), &mut self.scratch(), experts, jobs, act, y);
     }
 
-    fn expert_down_add(&self, layout: &ExpertLayout, mem: &Bank, job: &ExpertJob<'_>, weights: &[f32], act: &Tensor, out: &mut Tensor) {
-        ops::experts::down_add(self.cx(), &mut self.scratch(), layout, mem, job, weights, act, out);
+    fn expert_down_add(&self, experts: &Experts<'_, Bank, Tensor>, job: &ExpertJob<'_>, weights: &[f32], act: &Tensor, out: &mut Tensor) {
+        ops::experts::down_add(self.cx(), &mut self.scratch(), experts, job, weights, act, out);
     }
 
     fn experts_reduce(&self, y: &Tensor, rows: usize, order: &[u32], weights: &[f32], out: &mut Tensor) {

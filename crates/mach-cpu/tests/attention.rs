@@ -16,6 +16,10 @@ struct Case {
     window: Option<usize>,
     gate: bool,
     norm: bool,
+    /// Sinks, normed values, and values that are the raw keys.
+    sinks: bool,
+    v_norm: bool,
+    v_is_k: bool,
     ty: KvType,
 }
 
@@ -35,12 +39,18 @@ impl Case {
     }
 }
 
-const CASES: [Case; 5] = [
-    Case { heads: 4, kv_heads: 2, head_dim: 16, half: 4, window: None, gate: true, norm: true, ty: KvType::F32 },
-    Case { heads: 6, kv_heads: 1, head_dim: 24, half: 12, window: Some(40), gate: false, norm: true, ty: KvType::F16 },
-    Case { heads: 3, kv_heads: 3, head_dim: 10, half: 2, window: None, gate: false, norm: false, ty: KvType::F32 },
-    Case { heads: 8, kv_heads: 1, head_dim: 64, half: 32, window: None, gate: true, norm: true, ty: KvType::F16 },
-    Case { heads: 2, kv_heads: 2, head_dim: 32, half: 16, window: Some(300), gate: true, norm: false, ty: KvType::F16 },
+const PLAIN: Case =
+    Case { heads: 4, kv_heads: 2, head_dim: 16, half: 4, window: None, gate: true, norm: true, sinks: false, v_norm: false, v_is_k: false, ty: KvType::F32 };
+
+const CASES: [Case; 8] = [
+    PLAIN,
+    Case { heads: 6, kv_heads: 1, head_dim: 24, half: 12, window: Some(40), gate: false, norm: true, ty: KvType::F16, ..PLAIN },
+    Case { heads: 3, kv_heads: 3, head_dim: 10, half: 2, window: None, gate: false, norm: false, ty: KvType::F32, ..PLAIN },
+    Case { heads: 8, kv_heads: 1, head_dim: 64, half: 32, window: None, gate: true, norm: true, ty: KvType::F16, ..PLAIN },
+    Case { heads: 2, kv_heads: 2, head_dim: 32, half: 16, window: Some(300), gate: true, norm: false, ty: KvType::F16, ..PLAIN },
+    Case { heads: 4, head_dim: 20, half: 10, window: Some(8), gate: false, norm: false, sinks: true, ..PLAIN },
+    Case { gate: false, sinks: true, ..PLAIN },
+    Case { head_dim: 48, half: 24, gate: false, v_norm: true, v_is_k: true, ..PLAIN },
 ];
 
 struct Inputs {
@@ -50,6 +60,7 @@ struct Inputs {
     rope: Vec<f32>,
     q_norm: Vec<f32>,
     k_norm: Vec<f32>,
+    sinks: Vec<f32>,
 }
 
 fn inputs(case: &Case, tokens: usize) -> Inputs {
@@ -63,6 +74,7 @@ fn inputs(case: &Case, tokens: usize) -> Inputs {
         rope: angles.chunks_exact(case.half).flat_map(|a| a.iter().map(|x| x.cos()).chain(a.iter().map(|x| x.sin()))).collect(),
         q_norm: rng.normals(case.head_dim),
         k_norm: rng.normals(case.head_dim),
+        sinks: rng.normals(case.heads).iter().map(|x| 2.0 * x).collect(),
     }
 }
 
@@ -71,6 +83,7 @@ fn run<B: Backend>(b: &B, case: &Case, x: &Inputs, tokens: usize, chunk: usize) 
     let blocks: Vec<u32> = (0..tokens.div_ceil(32) as u32).rev().collect();
     let mut kv = b.kv(KvSpec { kv_heads: case.kv_heads, head_dim: case.head_dim, ty: case.ty });
     let (q_norm, k_norm) = (tensor(b, case.head_dim, &x.q_norm), tensor(b, case.head_dim, &x.k_norm));
+    let sinks = tensor(b, case.heads, &x.sinks);
     let (q_cols, kv_cols, out_cols) = (case.q_cols(), case.kv_heads * case.head_dim, case.heads * case.head_dim);
     let mut result = Vec::new();
     for pos in (0..tokens).step_by(chunk) {
@@ -79,12 +92,13 @@ fn run<B: Backend>(b: &B, case: &Case, x: &Inputs, tokens: usize, chunk: usize) 
         let (mut q, mut k) = (tensor(b, q_cols, &part(&x.q, q_cols)), tensor(b, kv_cols, &part(&x.k, kv_cols)));
         let v = tensor(b, kv_cols, &part(&x.v, kv_cols));
         let rope = tensor(b, 2 * case.half, &part(&x.rope, 2 * case.half));
-        let prep = QkNormRope { eps: 1e-6, q_norm: case.norm.then_some(&q_norm), k_norm: case.norm.then_some(&k_norm), rope: &rope, half: case.half };
+        let (q_norm, k_norm) = (case.norm.then_some(&q_norm), case.norm.then_some(&k_norm));
+        let prep = QkNormRope { eps: 1e-6, q_norm, k_norm, v_norm: case.v_norm, rope: &rope, half: case.half };
         let segments = [Segment { row: 0, rows, pos, blocks: &blocks }];
         b.kv_grow(&mut kv, blocks.len());
-        b.qkv_store(&case.spec(), &prep, &mut q, &mut k, &v, &segments, &mut kv);
+        b.qkv_store(&case.spec(), &prep, &mut q, &mut k, (!case.v_is_k).then_some(&v), &segments, &mut kv);
         let mut out = b.tensor(rows, out_cols);
-        b.attention(&case.spec(), &q, &segments, &kv, &mut out);
+        b.attention(&case.spec(), &q, case.sinks.then_some(&sinks), &segments, &kv, &mut out);
         result.extend(values(b, &out, rows * out_cols));
     }
     result
@@ -103,7 +117,7 @@ fn agrees_with_the_reference_backend() {
 
 #[test]
 fn long_contexts_agree_with_the_reference_backend() {
-    for case in [CASES[0], CASES[4]] {
+    for case in [CASES[0], CASES[4], CASES[5], CASES[6]] {
         let x = inputs(&case, 600);
         let e = error(&run(&cpu(KernelSet::automatic(), 2), &case, &x, 600, 600), &run(&Reference, &case, &x, 600, 600));
         assert!(e < if case.ty == KvType::F16 { 1e-3 } else { 5e-6 }, "{case:?}: error {e}");
@@ -139,10 +153,10 @@ fn sequences_do_not_see_each_other() {
         cpu.kv_grow(&mut kv, 4);
         let (mut q, mut k, v) = (tensor(cpu, q_cols, &x.q), tensor(cpu, kv_cols, &x.k), tensor(cpu, kv_cols, &x.v));
         let rope = tensor(cpu, 2 * case.half, &x.rope);
-        let prep = QkNormRope { eps: 1e-6, q_norm: None, k_norm: None, rope: &rope, half: case.half };
-        cpu.qkv_store(&spec, &prep, &mut q, &mut k, &v, segments, &mut kv);
+        let prep = QkNormRope { eps: 1e-6, q_norm: None, k_norm: None, v_norm: false, rope: &rope, half: case.half };
+        cpu.qkv_store(&spec, &prep, &mut q, &mut k, Some(&v), segments, &mut kv);
         let mut out = cpu.tensor(50, dim);
-        cpu.attention(&spec, &q, segments, &kv, &mut out);
+        cpu.attention(&spec, &q, None, segments, &kv, &mut out);
         values(cpu, &out, 50 * dim)
     };
     let (a, b) = (Segment { row: 0, rows: 20, pos: 0, blocks: &[3] }, Segment { row: 20, rows: 30, pos: 0, blocks: &[1] });

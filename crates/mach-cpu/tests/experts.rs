@@ -6,22 +6,42 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::*;
 use mach_backend::reference::Reference;
-use mach_backend::{Activation, Backend, ExpertJob, ExpertLayout, ExpertMemory, Part, RouterSpec};
+use mach_backend::{Activation, Backend, ExpertBias, ExpertJob, ExpertLayout, ExpertMemory, Experts, Part, RouterBias, RouterScore, RouterSpec, RouterWeights};
 use mach_cpu::{Cpu, KernelSet};
 use mach_format::{AlignedBytes, GateUpLayout, PackedLayout, ScaleType, WeightFormat};
 
 /// Experts of a layer, packed.
-struct Experts {
+struct Layer {
     layout: ExpertLayout,
     data: Vec<[AlignedBytes; 2]>,
+    /// Of gate, up and down.
+    bias: Option<[Vec<f32>; 3]>,
 }
 
-impl Experts {
+const ACTIVATIONS: [Activation; 4] =
+    [Activation::SwiGlu, Activation::SwiGluClamped { limit: 0.5 }, Activation::SwiGluOai { alpha: 1.702, limit: 0.6 }, Activation::GeGlu];
+
+impl Layer {
     fn random(rng: &mut Rng, n: usize, hidden: usize, inner: usize, format: WeightFormat) -> Self {
         let gate_up = GateUpLayout { half: PackedLayout::new(inner, hidden, format) };
         let down = PackedLayout::new(hidden, inner, format);
         let data = (0..n).map(|_| [random_tiles(rng, &gate_up.half, 2), random_tiles(rng, &down, 1)]).collect();
-        Self { layout: ExpertLayout { gate_up, down, activation: Activation::SwiGlu }, data }
+        Self { layout: ExpertLayout { gate_up, down, activation: Activation::SwiGlu }, data, bias: None }
+    }
+
+    /// The same with biases.
+    fn biased(mut self, rng: &mut Rng) -> Self {
+        let (n, down) = (self.data.len(), &self.layout.down);
+        self.bias = Some([down.cols, down.cols, down.rows].map(|width| rng.normals(n * width)));
+        self
+    }
+
+    /// Calls `f` with the operand that operations take.
+    fn with<B: Backend, R>(&self, b: &B, memory: &B::Memory, f: impl FnOnce(&Experts<'_, B::Memory, B::Tensor>) -> R) -> R {
+        let n = self.data.len();
+        let bias = self.bias.as_ref().map(|all| all.each_ref().map(|values| tensor(b, values.len() / n, values)));
+        let bias = bias.as_ref().map(|[gate, up, down]| ExpertBias { gate, up, down });
+        f(&Experts { layout: &self.layout, memory, bias })
     }
 
     fn bank<B: Backend>(&self, b: &B) -> B::Memory {
@@ -73,22 +93,24 @@ fn jobs(r: &Routing, experts: usize) -> Vec<(usize, Vec<u32>, Vec<u32>)> {
 }
 
 /// The buffered form (decode).
-fn buffered<B: Backend>(b: &B, mem: &B::Memory, e: &Experts, x: &[f32], r: &Routing) -> Vec<f32> {
+fn buffered<B: Backend>(b: &B, mem: &B::Memory, e: &Layer, x: &[f32], r: &Routing) -> Vec<f32> {
     let (hidden, inner) = (e.layout.down.rows, e.layout.down.cols);
     let x = tensor(b, hidden, x);
     let rows = r.ids.len() / r.k;
     let (mut act, mut y, mut out) = (b.tensor(r.ids.len(), inner), b.tensor(r.ids.len(), hidden), b.tensor(rows, hidden));
     let jobs = jobs(r, e.data.len());
-    let jobs: Vec<_> = jobs.iter().map(|(slot, rows, outs)| ExpertJob { slot: *slot, rows, outs }).collect();
-    b.experts_gate_up(&e.layout, mem, &jobs, &x, &mut act);
-    b.experts_down(&e.layout, mem, &jobs, &act, &mut y);
+    let jobs: Vec<_> = jobs.iter().map(|(slot, rows, outs)| ExpertJob { slot: *slot, expert: *slot, rows, outs }).collect();
+    e.with(b, mem, |experts| {
+        b.experts_gate_up(experts, &jobs, &x, &mut act);
+        b.experts_down(experts, &jobs, &act, &mut y);
+    });
     let order: Vec<u32> = (0..r.ids.len() as u32).collect();
     b.experts_reduce(&y, rows, &order, &r.weights, &mut out);
     values(b, &out, rows * hidden)
 }
 
 /// The accumulating form (prefill): one expert at a time, in ascending order.
-fn accumulated<B: Backend>(b: &B, mem: &B::Memory, e: &Experts, x: &[f32], r: &Routing) -> Vec<f32> {
+fn accumulated<B: Backend>(b: &B, mem: &B::Memory, e: &Layer, x: &[f32], r: &Routing) -> Vec<f32> {
     let (hidden, inner) = (e.layout.down.rows, e.layout.down.cols);
     let x = tensor(b, hidden, x);
     let rows = r.ids.len() / r.k;
@@ -96,10 +118,12 @@ fn accumulated<B: Backend>(b: &B, mem: &B::Memory, e: &Experts, x: &[f32], r: &R
     for (slot, rows, at) in jobs(r, e.data.len()) {
         let outs: Vec<u32> = (0..rows.len() as u32).collect();
         let mut act = b.tensor(rows.len(), inner);
-        let job = ExpertJob { slot, rows: &rows, outs: &outs };
-        b.experts_gate_up(&e.layout, mem, &[job], &x, &mut act);
+        let job = ExpertJob { slot, expert: slot, rows: &rows, outs: &outs };
         let weights: Vec<f32> = at.iter().map(|&i| r.weights[i as usize]).collect();
-        b.expert_down_add(&e.layout, mem, &job, &weights, &act, &mut out);
+        e.with(b, mem, |experts| {
+            b.experts_gate_up(experts, &[job], &x, &mut act);
+            b.expert_down_add(experts, &job, &weights, &act, &mut out);
+        });
     }
     values(b, &out, rows * hidden)
 }
@@ -113,7 +137,7 @@ fn part(r: &Routing, first: usize, rows: usize) -> Routing {
 fn experts_agree_with_the_reference_backend() {
     let mut rng = Rng::new(1);
     for format in FORMATS {
-        let e = Experts::random(&mut rng, 6, 256, 256, format);
+        let e = Layer::random(&mut rng, 6, 256, 256, format);
         let (x, r) = (rng.normals(9 * 256), routing(&mut rng, 9, 3, 6));
         let want = buffered(&Reference, &e.bank(&Reference), &e, &x, &r);
         let cpu = cpu(KernelSet::automatic(), 2);
@@ -123,10 +147,30 @@ fn experts_agree_with_the_reference_backend() {
 }
 
 #[test]
+fn activations_and_biases_agree_with_the_reference_backend() {
+    let mut rng = Rng::new(11);
+    for activation in ACTIVATIONS {
+        let mut e = Layer::random(&mut rng, 4, 72, 40, WeightFormat::BF16).biased(&mut rng);
+        e.layout.activation = activation;
+        let (x, r) = (rng.normals(20 * 72), routing(&mut rng, 20, 2, 4));
+        let want = buffered(&Reference, &e.bank(&Reference), &e, &x, &r);
+        assert!(error(&accumulated(&Reference, &e.bank(&Reference), &e, &x, &r), &want) < 1e-6, "{activation:?}");
+        let first = cpu(KernelSet::Scalar, 1);
+        let bytes = buffered(&first, &e.bank(&first), &e, &x, &r);
+        assert!(error(&bytes, &want) < 2e-6, "{activation:?}: {}", error(&bytes, &want));
+        for cpu in cpus() {
+            let mem = e.bank(&cpu);
+            assert_bytes(&buffered(&cpu, &mem, &e, &x, &r), &bytes, &format!("{activation:?} {}", label(&cpu)));
+            assert_bytes(&accumulated(&cpu, &mem, &e, &x, &r), &bytes, &format!("{activation:?} added, {}", label(&cpu)));
+        }
+    }
+}
+
+#[test]
 fn buffered_and_accumulated_experts_give_the_same_bytes_everywhere() {
     let mut rng = Rng::new(2);
     for format in [WeightFormat::BF16, affine(4, 32, ScaleType::F16), affine(8, 64, ScaleType::F32)] {
-        let e = Experts::random(&mut rng, 5, 192, 64, format);
+        let e = Layer::random(&mut rng, 5, 192, 64, format);
         let (x, r) = (rng.normals(70 * 192), routing(&mut rng, 70, 2, 5));
         let first = cpu(KernelSet::Scalar, 1);
         let want = buffered(&first, &e.bank(&first), &e, &x, &r);
@@ -144,7 +188,7 @@ fn real_width_gives_the_same_bytes_at_every_batch_width() {
     let (hidden, inner, kept) = (2048, 512, 10);
     let format = affine(4, 64, ScaleType::BF16);
     let mut rng = Rng::new(3);
-    let e = Experts::random(&mut rng, kept, hidden, inner, format);
+    let e = Layer::random(&mut rng, kept, hidden, inner, format);
     let router = random_matrix(&mut rng, 256, hidden, WeightFormat::F32);
     let x: Vec<f32> = (0..64 * hidden).map(|i| rng.normal() * if i % hidden == 77 { 100.0 } else { 1.0 }).collect();
     let r = routing(&mut rng, 64, 8, kept);
@@ -159,7 +203,9 @@ fn real_width_gives_the_same_bytes_at_every_batch_width() {
         let (down, gate) = (cpu.weight(shared.1.clone()), cpu.weight(gate.clone()));
         cpu.ffn_add(Activation::SwiGlu, &x, rows, &gate_up, &down, Some(&gate), &mut cpu.tensor(rows, inner), &mut out);
         let mut routes = cpu.routes();
-        cpu.route(&RouterSpec { experts: 256, top_k: 8, renormalise: true }, &x, rows, &cpu.weight(router.clone()), &mut routes);
+        let router = cpu.weight(router.clone());
+        let w = RouterWeights { project: &router, bias: None, expert_scale: None };
+        cpu.route(&RouterSpec::softmax(256, 8, true), &w, &x, rows, None, &mut routes);
         let (mut ids, mut weights) = (Vec::new(), Vec::new());
         cpu.read_routes(&routes, &mut ids, &mut weights);
         (values(cpu, &out, rows * hidden), ids, weights)
@@ -185,22 +231,35 @@ fn router_agrees_with_the_reference_backend() {
     for format in [WeightFormat::BF16, affine(8, 64, ScaleType::F16)] {
         let m = random_matrix(&mut rng, 40, 128, format);
         let x: Vec<f32> = rng.normals(20 * 128).iter().map(|x| x * 2.0).collect();
-        for renormalise in [false, true] {
-            let spec = RouterSpec { experts: 40, top_k: 6, renormalise };
-            let (want_ids, want) = route(&Reference, &spec, &m, &x);
-            for cpu in cpus() {
-                let (ids, weights) = route(&cpu, &spec, &m, &x);
-                assert_eq!(ids, want_ids, "{format}, {}", label(&cpu));
-                assert!(error(&weights, &want) < 5e-6, "{format}, {}", label(&cpu));
+        let [bias, scale] = [0, 1].map(|_| rng.normals(40));
+        for score in [RouterScore::Softmax, RouterScore::SoftmaxOfChosen, RouterScore::SqrtSoftplus] {
+            for (kind, renormalise, factor) in
+                [(RouterBias::None, false, 1.0), (RouterBias::None, true, 1.0), (RouterBias::Logits, true, 2.5), (RouterBias::Choice, true, 1.5)]
+            {
+                let spec = RouterSpec { experts: 40, top_k: 6, score, bias: kind, renormalise, factor };
+                let scale = (factor == 2.5).then_some(&scale[..]);
+                for given in [None, Some((0..120).map(|i| i % 40).collect::<Vec<u32>>())] {
+                    let run = (&spec, &m, &x[..], &bias[..], scale, given.as_deref());
+                    let (want_ids, want) = route(&Reference, run);
+                    for cpu in cpus() {
+                        let (ids, weights) = route(&cpu, run);
+                        assert_eq!(ids, want_ids, "{format}, {spec:?}, {}", label(&cpu));
+                        assert!(error(&weights, &want) < 5e-6, "{format}, {spec:?}, {}", label(&cpu));
+                    }
+                }
             }
         }
     }
 }
 
-fn route<B: Backend>(b: &B, spec: &RouterSpec, m: &mach_format::PackedMatrix, x: &[f32]) -> (Vec<u32>, Vec<f32>) {
+type RouteCall<'a> = (&'a RouterSpec, &'a mach_format::PackedMatrix, &'a [f32], &'a [f32], Option<&'a [f32]>, Option<&'a [u32]>);
+
+fn route<B: Backend>(b: &B, (spec, m, x, bias, scale, given): RouteCall<'_>) -> (Vec<u32>, Vec<f32>) {
     let rows = x.len() / m.layout.cols;
     let mut routes = b.routes();
-    b.route(spec, &tensor(b, m.layout.cols, x), rows, &b.weight(m.clone()), &mut routes);
+    let (project, bias, scale) = (b.weight(m.clone()), tensor(b, bias.len(), bias), scale.map(|s| tensor(b, s.len(), s)));
+    let w = RouterWeights { project: &project, bias: Some(&bias), expert_scale: scale.as_ref() };
+    b.route(spec, &w, &tensor(b, m.layout.cols, x), rows, given, &mut routes);
     let (mut ids, mut weights) = (Vec::new(), Vec::new());
     b.read_routes(&routes, &mut ids, &mut weights);
     (ids, weights)
@@ -214,6 +273,9 @@ fn norms_and_sums_agree_with_the_reference_backend() {
         let mut out = b.tensor(3, cols);
         b.rms_norm(&x, 2, 3, &tensor(b, cols, w), 1e-6, &mut out);
         b.add(&mut x, 1, 3, &out);
+        b.add_bias(&mut out, 2, &tensor(b, cols, w));
+        b.scale(&mut x, 2, 2, 0.3);
+        b.soft_cap(&mut x, 4, 1.5);
         let mut all = values(b, &out, 3 * cols);
         all.extend(values(b, &x, 5 * cols));
         all
@@ -234,7 +296,7 @@ fn norms_and_sums_agree_with_the_reference_backend() {
 #[test]
 fn bank_is_filled_while_experts_run() {
     let mut rng = Rng::new(6);
-    let e = Experts::random(&mut rng, 4, 128, 64, affine(4, 64, ScaleType::F16));
+    let e = Layer::random(&mut rng, 4, 128, 64, affine(4, 64, ScaleType::F16));
     let (x, r) = (rng.normals(4 * 128), routing(&mut rng, 4, 2, 2));
     let cpu = cpu(KernelSet::automatic(), 2);
     let mem = e.bank(&cpu);
@@ -269,7 +331,7 @@ fn bank_is_filled_while_experts_run() {
 #[test]
 fn a_reader_that_panics_leaves_the_bank_usable() {
     let mut rng = Rng::new(7);
-    let e = Experts::random(&mut rng, 1, 128, 64, affine(4, 64, ScaleType::F16));
+    let e = Layer::random(&mut rng, 1, 128, 64, affine(4, 64, ScaleType::F16));
     let cpu = cpu(KernelSet::automatic(), 1);
     let mem = e.bank(&cpu);
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| mem.fill(0, Part::Both, &mut |_| panic!("disk on fire"))));

@@ -204,8 +204,9 @@ fn bytes_are_the_same_on_every_architecture() {
     }
     let x = tensor(&cpu, 256, &rng.normals(7 * 256));
     let mut routes = cpu.routes();
-    let spec = mach_backend::RouterSpec { experts: 90, top_k: 8, renormalise: true };
-    cpu.route(&spec, &x, 7, &cpu.weight(random_matrix(&mut rng, 90, 256, WeightFormat::BF16)), &mut routes);
+    let project = cpu.weight(random_matrix(&mut rng, 90, 256, WeightFormat::BF16));
+    let w = mach_backend::RouterWeights { project: &project, bias: None, expert_scale: None };
+    cpu.route(&mach_backend::RouterSpec::softmax(90, 8, true), &w, &x, 7, None, &mut routes);
     let (mut ids, mut weights) = (Vec::new(), Vec::new());
     cpu.read_routes(&routes, &mut ids, &mut weights);
     for bits in ids.into_iter().chain(weights.into_iter().map(f32::to_bits)) {

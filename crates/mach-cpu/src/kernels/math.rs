@@ -35,6 +35,20 @@ pub(crate) unsafe fn silu<V: Simd>(x: V::F) -> V::F {
     V::div(x, V::add(V::splat(1.0), exp::<V>(V::sub(V::splat(0.0), x))))
 }
 
+/// The form of gelu with a tanh, `x/2 · (1 + tanh y)` = `x · sigmoid(2y)` of `y = sqrt(2/π) · (x + 0.044715·x³)`.
+#[inline(always)]
+pub(crate) unsafe fn gelu<V: Simd>(x: V::F) -> V::F {
+    const MINUS_2C: f32 = -1.595_769;
+    let slope = V::fma(V::mul(x, x), V::splat(MINUS_2C * 0.044_715), V::splat(MINUS_2C));
+    V::div(x, V::add(V::splat(1.0), exp::<V>(V::mul(x, slope))))
+}
+
+/// `tanh(x)` as `1 − 2 / (e²ˣ + 1)`, to about 1e-7.
+#[inline(always)]
+pub(crate) unsafe fn tanh<V: Simd>(x: V::F) -> V::F {
+    V::sub(V::splat(1.0), V::div(V::splat(2.0), V::add(exp::<V>(V::add(x, x)), V::splat(1.0))))
+}
+
 /// `ln(1 + eˣ)` as `max(x, 0) + ln(1 + e^−|x|)`, which cannot overflow; `ln(1 + y) = 2 atanh(y / (2 + y))` by its series,
 /// whose argument is at most 1/3.
 #[inline(always)]

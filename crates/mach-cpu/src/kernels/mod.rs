@@ -34,6 +34,7 @@ mod neon_i8mm;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
+use mach_backend::Activation;
 use mach_format::PackedLayout;
 
 pub(crate) use attention::{MAX_HEADS, PARTIAL_HEADER, SegmentArgs};
@@ -150,7 +151,10 @@ macro_rules! for_all_kernels {
             V rows::rms_norm(x: *const f32, w: *const f32, n: usize, eps: f32, out: *mut f32);
             V rows::add(x: *mut f32, y: *const f32, n: usize);
             V rows::add_scaled(x: *mut f32, w: f32, y: *const f32, n: usize);
-            V rows::swiglu(gate: *const f32, up: *const f32, n: usize, out: *mut f32);
+            V rows::activate(activation: &Activation, gate: *const f32, up: *const f32, bias: [*const f32; 2], n: usize, out: *mut f32);
+            V rows::scale(x: *mut f32, n: usize, by: f32);
+            V rows::soft_cap(x: *mut f32, n: usize, cap: f32);
+            V rows::sqrt_softplus(x: *mut f32, n: usize);
             V rows::sigmoid(x: *mut f32, n: usize);
             V rows::rope(x: *mut f32, rope: *const f32, half: usize);
             V rows::softmax(x: *mut f32, n: usize);

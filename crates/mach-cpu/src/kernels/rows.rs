@@ -1,5 +1,7 @@
 //! Kernels over single rows.
 
+use mach_backend::Activation;
+
 use super::math::{self, load_n, store_n};
 use super::simd::{LANES, Simd};
 
@@ -54,13 +56,72 @@ pub(crate) unsafe fn add_scaled<V: Simd>(x: *mut f32, w: f32, y: *const f32, n: 
     }
 }
 
-/// `out = silu(gate) ⊙ up` for up to 16 values.
+/// `out = activation(gate + bias, up + bias)` for up to 16 values; biases may be null.
 ///
 /// # Safety
-/// `gate` and `up` have 16 values, `out` has `n`.
+/// `gate` and `up` have 16 values, biases and `out` have `n`.
 #[inline(always)]
-pub(crate) unsafe fn swiglu<V: Simd>(gate: *const f32, up: *const f32, n: usize, out: *mut f32) {
-    store_n::<V>(out, V::mul(math::silu::<V>(V::load(gate)), V::load(up)), n);
+pub(crate) unsafe fn activate<V: Simd>(activation: &Activation, gate: *const f32, up: *const f32, bias: [*const f32; 2], n: usize, out: *mut f32) {
+    let (mut g, mut u) = (V::load(gate), V::load(up));
+    if !bias[0].is_null() {
+        g = V::add(g, load_n::<V>(bias[0], n));
+        u = V::add(u, load_n::<V>(bias[1], n));
+    }
+    let y = match *activation {
+        Activation::SwiGlu => V::mul(math::silu::<V>(g), u),
+        Activation::SwiGluClamped { limit } => V::mul(math::silu::<V>(V::min(V::splat(limit), g)), clip::<V>(u, limit)),
+        Activation::SwiGluOai { alpha, limit } => {
+            let g = V::min(V::splat(limit), g);
+            let gated = V::div(g, V::add(V::splat(1.0), math::exp::<V>(V::mul(V::splat(-alpha), g))));
+            V::mul(gated, V::add(clip::<V>(u, limit), V::splat(1.0)))
+        }
+        Activation::GeGlu => V::mul(math::gelu::<V>(g), u),
+    };
+    store_n::<V>(out, y, n);
+}
+
+/// `x` within ±`limit`.
+#[inline(always)]
+unsafe fn clip<V: Simd>(x: V::F, limit: f32) -> V::F {
+    V::min(V::splat(limit), V::max(V::splat(-limit), x))
+}
+
+/// `x = x · by`.
+///
+/// # Safety
+/// `x` has `n` values.
+#[inline(always)]
+pub(crate) unsafe fn scale<V: Simd>(x: *mut f32, n: usize, by: f32) {
+    for c in (0..n).step_by(LANES) {
+        store_n::<V>(x.add(c), V::mul(load_n::<V>(x.add(c), n - c), V::splat(by)), n - c);
+    }
+}
+
+/// `x = cap · tanh(x / cap)`.
+///
+/// # Safety
+/// `x` has `n` values.
+#[inline(always)]
+pub(crate) unsafe fn soft_cap<V: Simd>(x: *mut f32, n: usize, cap: f32) {
+    for c in (0..n).step_by(LANES) {
+        let y = V::div(load_n::<V>(x.add(c), n - c), V::splat(cap));
+        store_n::<V>(x.add(c), V::mul(V::splat(cap), math::tanh::<V>(y)), n - c);
+    }
+}
+
+/// `x = sqrt(ln(1 + eˣ))`.
+///
+/// # Safety
+/// `x` has `n` values.
+#[inline(always)]
+pub(crate) unsafe fn sqrt_softplus<V: Simd>(x: *mut f32, n: usize) {
+    for c in (0..n).step_by(LANES) {
+        store_n::<V>(x.add(c), math::softplus::<V>(load_n::<V>(x.add(c), n - c)), n - c);
+    }
+    // Exactly rounded on every processor.
+    for i in 0..n {
+        *x.add(i) = (*x.add(i)).sqrt();
+    }
 }
 
 /// `x = sigmoid(x)`.

@@ -33,23 +33,24 @@ pub(crate) fn qkv_store(
     prep: &QkNormRope<'_, Tensor>,
     q: &mut Tensor,
     k: &mut Tensor,
-    v: &Tensor,
+    v: Option<&Tensor>,
     segments: &[Segment<'_>],
     kv: &mut Kv,
 ) {
     let (d, stride) = (spec.head_dim, query_stride(spec));
-    assert!(q.cols() == spec.heads * stride && k.cols() == spec.kv_heads * d && v.cols() == k.cols(), "shapes of q, k, v");
+    assert!(q.cols() == spec.heads * stride && k.cols() == spec.kv_heads * d && v.is_none_or(|v| v.cols() == k.cols()), "shapes of q, k, v");
     assert!(kv.spec.kv_heads == spec.kv_heads && kv.spec.head_dim == d, "the KV store has another shape");
     assert!(2 * prep.half <= d && prep.rope.cols() == 2 * prep.half, "shape of the rotary table");
     assert!([prep.q_norm, prep.k_norm].into_iter().flatten().all(|w| w.cols() == d), "shape of the q/k norms");
     for s in segments {
         let end = s.row + s.rows;
-        assert!(end <= q.rows() && end <= k.rows() && end <= v.rows() && end <= prep.rope.rows(), "rows of a segment");
+        assert!(end <= q.rows() && end <= k.rows() && v.is_none_or(|v| end <= v.rows()) && end <= prep.rope.rows(), "rows of a segment");
     }
     let (q_cols, k_cols) = (q.cols(), k.cols());
     let (q, k) = (Shared::new(q.values_mut()), Shared::new(k.values_mut()));
     let kv = &*kv;
     let rows = segments.iter().map(|s| s.rows).sum();
+    let ones = vec![1.0; d];
     cx.rows(rows, q_cols + 2 * k_cols, &|i| {
         let (s, i) = locate(segments, i);
         let (row, pos) = (s.row + i, s.pos + i);
@@ -66,9 +67,18 @@ pub(crate) fn qkv_store(
             }
             for head in 0..spec.kv_heads {
                 let at = k.at(row * k_cols + head * d);
-                prepare(at, prep.k_norm);
-                let key = std::slice::from_raw_parts(at, d);
-                kv.store(s.blocks[pos / KV_BLOCK], pos % KV_BLOCK, head, key, &v.part(row, 1)[head * d..][..d]);
+                with_scratch(d, |value| {
+                    // Before the key is normed in place, of which it may be a copy.
+                    match v {
+                        Some(v) => value.copy_from_slice(&v.part(row, 1)[head * d..][..d]),
+                        None => value.copy_from_slice(std::slice::from_raw_parts(at, d)),
+                    }
+                    if prep.v_norm {
+                        (cx.k.rms_norm)(value.as_ptr(), ones.as_ptr(), d, prep.eps, value.as_mut_ptr());
+                    }
+                    prepare(at, prep.k_norm);
+                    kv.store(s.blocks[pos / KV_BLOCK], pos % KV_BLOCK, head, std::slice::from_raw_parts(at, d), value);
+                });
             }
         }
     });
@@ -87,6 +97,7 @@ struct Call<'a> {
     cx: Context<'a>,
     spec: &'a AttentionSpec,
     q: &'a Tensor,
+    sinks: Option<&'a Tensor>,
     kv: &'a Kv,
     out: Shared<f32>,
 }
@@ -145,6 +156,17 @@ impl Call<'_> {
         }
     }
 
+    /// Takes the partial results `from` of a query's first merge segment: as they are, or merged into the sinks.
+    fn begin(&self, query: &Query<'_>, into: &mut [f32], from: &[f32]) {
+        let Some(sinks) = self.sinks else { return into.copy_from_slice(from) };
+        let first = query.kv_head * self.group();
+        into.fill(0.0);
+        for (partial, &sink) in into.chunks_exact_mut(self.partial()).zip(&sinks.values()[first..]) {
+            (partial[0], partial[1]) = (sink, 1.0);
+        }
+        self.merge(into, from);
+    }
+
     /// Merges a segment's partial results into the running ones.
     fn merge(&self, into: &mut [f32], from: &[f32]) {
         let partial = self.partial();
@@ -166,12 +188,23 @@ impl Call<'_> {
     }
 }
 
-pub(crate) fn attention(cx: Context<'_>, scratch: &mut Scratch, spec: &AttentionSpec, q: &Tensor, segments: &[Segment<'_>], kv: &Kv, out: &mut Tensor) {
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attention(
+    cx: Context<'_>,
+    scratch: &mut Scratch,
+    spec: &AttentionSpec,
+    q: &Tensor,
+    sinks: Option<&Tensor>,
+    segments: &[Segment<'_>],
+    kv: &Kv,
+    out: &mut Tensor,
+) {
     assert!(spec.heads.is_multiple_of(spec.kv_heads), "{} heads over {} kv heads", spec.heads, spec.kv_heads);
     assert!(q.cols() == spec.heads * query_stride(spec) && out.cols() == spec.heads * spec.head_dim, "shapes of attention");
     assert!(kv.spec.kv_heads == spec.kv_heads && kv.spec.head_dim == spec.head_dim, "the KV store has another shape");
     assert!(segments.iter().all(|s| s.row + s.rows <= q.rows().min(out.rows())), "rows of a segment");
-    let call = Call { cx, spec, q, kv, out: Shared::new(out.values_mut()) };
+    assert!(sinks.is_none_or(|s| s.cols() == spec.heads), "a sink for each head");
+    let call = Call { cx, spec, q, sinks, kv, out: Shared::new(out.values_mut()) };
     let rows: usize = segments.iter().map(|s| s.rows).sum();
     let query = |i: usize, kv_head: usize| {
         let (segment, i) = locate(segments, i);
@@ -194,12 +227,16 @@ pub(crate) fn attention(cx: Context<'_>, scratch: &mut Scratch, spec: &Attention
         cx.pool.run(pairs, &|pair| {
             let query = query(pair / spec.kv_heads, pair % spec.kv_heads);
             let first = call.first_key(query.pos) / MERGE_SEGMENT;
-            // SAFETY: each pair merges its own partial results.
-            let (into, rest) = unsafe { std::slice::from_raw_parts_mut(partials.at(of(pair, 0)), longest * width) }[first * width..].split_at_mut(width);
-            for from in rest.chunks_exact(width).take(query.pos / MERGE_SEGMENT - first) {
-                call.merge(into, from);
-            }
-            call.finish(&query, into);
+            // SAFETY: each pair reads its own partial results.
+            let all = unsafe { std::slice::from_raw_parts_mut(partials.at(of(pair, 0)), longest * width) };
+            let (from, rest) = all[first * width..].split_at(width);
+            with_scratch(width, |into| {
+                call.begin(&query, into, from);
+                for from in rest.chunks_exact(width).take(query.pos / MERGE_SEGMENT - first) {
+                    call.merge(into, from);
+                }
+                call.finish(&query, into);
+            });
         });
         return;
     }
@@ -218,7 +255,8 @@ pub(crate) fn attention(cx: Context<'_>, scratch: &mut Scratch, spec: &Attention
                     let query = query(i);
                     let first = call.first_key(query.pos) / MERGE_SEGMENT;
                     if index == first {
-                        call.segment(&query, index, running);
+                        call.segment(&query, index, one);
+                        call.begin(&query, running, one);
                     } else if index > first && index <= query.pos / MERGE_SEGMENT {
                         call.segment(&query, index, one);
                         call.merge(running, one);

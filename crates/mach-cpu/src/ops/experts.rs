@@ -1,9 +1,9 @@
 //! Routed experts: gate|up, down and the ordered sum.
 
-use mach_backend::{ExpertJob, ExpertLayout};
+use mach_backend::{ExpertJob, Experts};
 use mach_format::PackedLayout;
 
-use super::linear::{Acts, Product, Scratch, activate, add_scaled, block, plain, products};
+use super::linear::{Acts, Product, Scratch, activate, block, plain, products};
 use super::quant::QuantBuffer;
 use super::{Context, Shared};
 use crate::kernels::LANES;
@@ -99,62 +99,97 @@ fn check(jobs: &[ExpertJob<'_>], outs: usize) {
     }
 }
 
-pub(crate) fn gate_up(cx: Context<'_>, scratch: &mut Scratch, layout: &ExpertLayout, mem: &Bank, jobs: &[ExpertJob<'_>], x: &Tensor, act: &mut Tensor) {
+/// The bias of an expert, null where there is none.
+fn bias_row(bias: Option<&Tensor>, expert: usize) -> *const f32 {
+    bias.map_or(std::ptr::null(), |b| b.part(expert, 1).as_ptr())
+}
+
+/// A finished row of down with its bias.
+///
+/// # Safety
+/// `bias` is null or has `n` values from `column` on.
+unsafe fn biased(cx: Context<'_>, row: &[f32], bias: *const f32, column: usize, n: usize) -> [f32; LANES] {
+    let mut values = [0.0; LANES];
+    values.copy_from_slice(row);
+    if !bias.is_null() {
+        // SAFETY: the caller's promise.
+        unsafe { (cx.k.add)(values.as_mut_ptr(), bias.add(column), n) };
+    }
+    values
+}
+
+pub(crate) fn gate_up(cx: Context<'_>, scratch: &mut Scratch, experts: &Experts<'_, Bank, Tensor>, jobs: &[ExpertJob<'_>], x: &Tensor, act: &mut Tensor) {
     check(jobs, act.rows());
-    let half = layout.gate_up.half;
+    let (layout, half) = (experts.layout, experts.layout.gate_up.half);
     assert_eq!(half.rows, act.cols(), "columns of the activation buffer");
-    let (_guards, data) = lock(mem, jobs, 0, layout.gate_up.bytes());
+    let bias = experts.bias.as_ref().map(|b| [b.gate, b.up]);
+    assert!(bias.iter().flatten().all(|b| b.cols() == half.rows), "columns of the biases");
+    let (_guards, data) = lock(experts.memory, jobs, 0, layout.gate_up.bytes());
     // SAFETY: shapes checked; the guards keep the weights; output rows of a call are distinct.
     unsafe {
         let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &half, x, jobs.iter().map(|j| j.rows));
         let list = expert_products(half, 2, &data, acts, rows, jobs);
         let to = Shared::new(act.values_mut());
-        products(cx, &list, &|done| activate(cx, layout.activation, done, half.rows, to, |i| jobs[done.product].outs[i] as usize));
+        products(cx, &list, &|done| {
+            let job = &jobs[done.product];
+            let bias = [0, 1].map(|i| bias_row(bias.map(|b| b[i]), job.expert));
+            activate(cx, &layout.activation, done, half.rows, bias, to, |i| job.outs[i] as usize);
+        });
     }
 }
 
-pub(crate) fn down(cx: Context<'_>, scratch: &mut Scratch, layout: &ExpertLayout, mem: &Bank, jobs: &[ExpertJob<'_>], act: &Tensor, y: &mut Tensor) {
+pub(crate) fn down(cx: Context<'_>, scratch: &mut Scratch, experts: &Experts<'_, Bank, Tensor>, jobs: &[ExpertJob<'_>], act: &Tensor, y: &mut Tensor) {
     check(jobs, act.rows().min(y.rows()));
-    assert_eq!(layout.down.rows, y.cols(), "columns of the expert outputs");
-    let (_guards, data) = lock(mem, jobs, 1, layout.down.bytes());
+    let (layout, bias) = (experts.layout.down, experts.bias.as_ref().map(|b| b.down));
+    assert_eq!(layout.rows, y.cols(), "columns of the expert outputs");
+    assert!(bias.is_none_or(|b| b.cols() == layout.rows), "columns of the biases");
+    let (_guards, data) = lock(experts.memory, jobs, 1, layout.bytes());
     // SAFETY: as in `gate_up`.
     unsafe {
-        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &layout.down, act, jobs.iter().map(|j| j.outs));
-        let list = expert_products(layout.down, 1, &data, acts, rows, jobs);
-        let (to, cols) = (Shared::new(y.values_mut()), layout.down.rows);
+        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &layout, act, jobs.iter().map(|j| j.outs));
+        let list = expert_products(layout, 1, &data, acts, rows, jobs);
+        let (to, cols) = (Shared::new(y.values_mut()), layout.rows);
         products(cx, &list, &|done| {
             let (column, n) = (done.tile * LANES, (cols - done.tile * LANES).min(LANES));
+            let job = &jobs[done.product];
             for i in 0..done.n {
-                let row = jobs[done.product].outs[done.first + i] as usize;
-                std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), to.at(row * cols + column), n);
+                let values = biased(cx, done.row(0, i), bias_row(bias, job.expert), column, n);
+                std::ptr::copy_nonoverlapping(values.as_ptr(), to.at(job.outs[done.first + i] as usize * cols + column), n);
             }
         });
     }
 }
 
-#[allow(clippy::too_many_arguments)]
 pub(crate) fn down_add(
     cx: Context<'_>,
     scratch: &mut Scratch,
-    layout: &ExpertLayout,
-    mem: &Bank,
+    experts: &Experts<'_, Bank, Tensor>,
     job: &ExpertJob<'_>,
     weights: &[f32],
     act: &Tensor,
     out: &mut Tensor,
 ) {
     let jobs = std::slice::from_ref(job);
+    let (layout, bias) = (experts.layout.down, experts.bias.as_ref().map(|b| b.down));
     check(jobs, act.rows());
     assert!(job.rows.iter().all(|&r| (r as usize) < out.rows()), "an output row beyond {}", out.rows());
     assert_eq!(weights.len(), job.rows.len(), "one weight per row");
-    assert_eq!(layout.down.rows, out.cols(), "columns of the output");
-    let (_guards, data) = lock(mem, jobs, 1, layout.down.bytes());
+    assert_eq!(layout.rows, out.cols(), "columns of the output");
+    assert!(bias.is_none_or(|b| b.cols() == layout.rows), "columns of the biases");
+    let (_guards, data) = lock(experts.memory, jobs, 1, layout.bytes());
     // SAFETY: as in `gate_up`; a row goes through an expert once.
     unsafe {
-        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &layout.down, act, std::iter::once(job.outs));
-        let list = expert_products(layout.down, 1, &data, acts, rows, jobs);
-        let (to, cols) = (Shared::new(out.values_mut()), layout.down.rows);
-        products(cx, &list, &|done| add_scaled(cx, done, cols, to, |i| job.rows[i] as usize, |i| weights[i]));
+        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &layout, act, std::iter::once(job.outs));
+        let list = expert_products(layout, 1, &data, acts, rows, jobs);
+        let (to, cols) = (Shared::new(out.values_mut()), layout.rows);
+        products(cx, &list, &|done| {
+            let (column, n) = (done.tile * LANES, (cols - done.tile * LANES).min(LANES));
+            for i in 0..done.n {
+                let at = done.first + i;
+                let values = biased(cx, done.row(0, i), bias_row(bias, job.expert), column, n);
+                (cx.k.add_scaled)(to.at(job.rows[at] as usize * cols + column), weights[at], values.as_ptr(), n);
+            }
+        });
     }
 }
 

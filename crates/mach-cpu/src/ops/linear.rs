@@ -252,26 +252,28 @@ pub(crate) fn linear_grouped(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor,
     }
 }
 
-/// Writes `activation(gate) ⊙ up` of a finished gate|up unit to row `rows(i)` of `out`.
+/// Writes `activation(gate, up)` of a finished gate|up unit to row `rows(i)` of `out`; `bias` are rows of gate and up, or null.
 ///
 /// # Safety
-/// The rows lie inside `out`, which has `inner` columns, and no other unit writes this tile of them.
-pub(crate) unsafe fn activate(cx: Context<'_>, activation: Activation, done: &Done<'_>, inner: usize, out: Shared<f32>, rows: impl Fn(usize) -> usize) {
+/// The rows lie inside `out`, which has `inner` columns (biases too), and no other unit writes this tile of them.
+pub(crate) unsafe fn activate(
+    cx: Context<'_>,
+    activation: &Activation,
+    done: &Done<'_>,
+    inner: usize,
+    bias: [*const f32; 2],
+    out: Shared<f32>,
+    rows: impl Fn(usize) -> usize,
+) {
     let (column, n) = (done.tile * LANES, (inner - done.tile * LANES).min(LANES));
-    for i in 0..done.n {
-        let (gate, up) = (done.row(0, i).as_ptr(), done.row(1, i).as_ptr());
-        // SAFETY: the caller's promise.
-        let to = unsafe { out.at(rows(done.first + i) * inner + column) };
-        match activation {
-            // SAFETY: 16 values in, `n` out.
-            Activation::SwiGlu => unsafe { (cx.k.swiglu)(gate, up, n, to) },
-            other => unimplemented_activation(other),
-        }
+    let mut from = bias;
+    for b in from.iter_mut().filter(|b| !b.is_null()) {
+        *b = b.wrapping_add(column);
     }
-}
-
-fn unimplemented_activation(activation: Activation) -> ! {
-    panic!("the CPU backend does not know activation {activation:?}")
+    for i in 0..done.n {
+        // SAFETY: the caller's promise; 16 values in, `n` out.
+        unsafe { (cx.k.activate)(activation, done.row(0, i).as_ptr(), done.row(1, i).as_ptr(), from, n, out.at(rows(done.first + i) * inner + column)) };
+    }
 }
 
 /// Adds `weight(i) · value` of a finished unit to row `rows(i)` of `out`.
@@ -327,7 +329,7 @@ pub(crate) fn ffn_add(
         };
         let to = Shared::new(act.values_mut());
         let product = Product { layout: half, data: gate_up.data.as_ptr(), per: 2, acts, rows: ids };
-        products(cx, &[product], &|done| activate(cx, activation, done, half.rows, to, |i| i));
+        products(cx, &[product], &|done| activate(cx, &activation, done, half.rows, [std::ptr::null(); 2], to, |i| i));
 
         let acts = match block(down.layout.format) {
             Some(block) => Acts::Quant(scratch.quant[block / 32].quantise(cx, plain(act), ids, act.cols(), block)),

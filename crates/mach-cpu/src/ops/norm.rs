@@ -24,3 +24,21 @@ pub(crate) fn add(cx: Context<'_>, x: &mut Tensor, x_row: usize, rows: usize, y:
         unsafe { (cx.k.add)(to.at(r * cols), y[r * cols..].as_ptr(), cols) }
     });
 }
+
+pub(crate) fn add_bias(cx: Context<'_>, x: &mut Tensor, rows: usize, bias: &Tensor) {
+    let cols = x.cols();
+    assert_eq!(bias.values().len(), cols, "columns of a bias");
+    let to = Shared::new(x.part_mut(0, rows));
+    cx.rows(rows, cols, &|r| {
+        // SAFETY: the slice has `rows` rows; each is written once.
+        unsafe { (cx.k.add)(to.at(r * cols), bias.values().as_ptr(), cols) }
+    });
+}
+
+/// Calls `f` with the first value of each row.
+pub(crate) fn each(cx: Context<'_>, x: &mut Tensor, x_row: usize, rows: usize, f: &(dyn Fn(*mut f32, usize) + Sync)) {
+    let cols = x.cols();
+    let to = Shared::new(x.part_mut(x_row, rows));
+    // SAFETY: the slice has `rows` rows.
+    cx.rows(rows, cols, &|r| f(unsafe { to.at(r * cols) }, cols));
+}

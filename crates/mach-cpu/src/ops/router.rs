@@ -1,32 +1,46 @@
-//! Router: f32 scores, softmax over all experts, top k.
+//! Router: f32 scores, top k, weights.
 
-use mach_backend::RouterSpec;
+use mach_backend::{RouterBias, RouterScore, RouterSpec, RouterWeights};
 
 use super::linear::{Product, Scratch, Weight, exact, identity, plain, products};
 use super::{Context, Shared, grown};
 use crate::kernels::LANES;
 use crate::tensor::Tensor;
 
-/// Choices of a batch of rows, largest weight first within a row.
+/// Choices of a batch of rows, within a row in the order of choice.
 #[derive(Default)]
 pub struct Routes {
     pub(crate) ids: Vec<u32>,
     pub(crate) weights: Vec<f32>,
 }
 
-pub(crate) fn route(cx: Context<'_>, scratch: &mut Scratch, spec: &RouterSpec, x: &Tensor, rows: usize, w: &Weight, routes: &mut Routes) {
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn route(
+    cx: Context<'_>,
+    scratch: &mut Scratch,
+    spec: &RouterSpec,
+    w: &RouterWeights<'_, Tensor, Weight>,
+    x: &Tensor,
+    rows: usize,
+    given: Option<&[u32]>,
+    routes: &mut Routes,
+) {
     let (experts, k) = (spec.experts, spec.top_k);
-    assert!(w.layout.rows == experts && w.layout.cols == x.cols() && rows <= x.rows(), "shapes of a router");
+    let project = w.project;
+    assert!(project.layout.rows == experts && project.layout.cols == x.cols() && rows <= x.rows(), "shapes of a router");
     assert!(k <= experts, "top {k} of {experts}");
+    assert!([w.bias, w.expert_scale].into_iter().flatten().all(|t| t.cols() == experts), "shapes of a router's small weights");
+    assert!(given.is_none_or(|ids| ids.len() == rows * k && ids.iter().all(|&id| (id as usize) < experts)), "given ids");
     let ids = identity(&mut scratch.identity, rows);
-    let scores = Shared::new(grown(&mut scratch.values, rows * experts));
-    let product = Product { layout: w.layout, data: w.data(), per: 1, acts: exact(w.layout.format, plain(x)), rows: ids };
+    // Scores, and beside each row a copy to choose from.
+    let scores = Shared::new(grown(&mut scratch.values, 2 * rows * experts));
+    let product = Product { layout: project.layout, data: project.data(), per: 1, acts: exact(project.layout.format, plain(x)), rows: ids };
     // SAFETY: shapes checked; units write disjoint scores.
     unsafe {
         products(cx, &[product], &|done| {
             let (column, n) = (done.tile * LANES, (experts - done.tile * LANES).min(LANES));
             for i in 0..done.n {
-                std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), scores.at((done.first + i) * experts + column), n);
+                std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), scores.at(2 * (done.first + i) * experts + column), n);
             }
         });
     }
@@ -35,28 +49,56 @@ pub(crate) fn route(cx: Context<'_>, scratch: &mut Scratch, spec: &RouterSpec, x
     routes.weights.clear();
     routes.weights.resize(rows * k, 0.0);
     let (to_ids, to_weights) = (Shared::new(&mut routes.ids), Shared::new(&mut routes.weights));
+    let bias = |kind| w.bias.filter(|_| spec.bias == kind).map(|b| b.values());
     cx.rows(rows, experts * k, &|r| {
         // SAFETY: row `r` of the scores and of the routes is this call's alone.
-        let (p, ids, weights) = unsafe {
-            (cx.k.softmax)(scores.at(r * experts), experts);
+        let (scores, ids, weights) = unsafe {
             (
-                std::slice::from_raw_parts_mut(scores.at(r * experts), experts),
+                std::slice::from_raw_parts_mut(scores.at(2 * r * experts), 2 * experts),
                 std::slice::from_raw_parts_mut(to_ids.at(r * k), k),
                 std::slice::from_raw_parts_mut(to_weights.at(r * k), k),
             )
         };
-        top_k(p, ids, weights);
+        let (scores, choice) = scores.split_at_mut(experts);
+        // SAFETY: all of these have a value for each expert, the chosen weights `k`.
+        unsafe {
+            if let Some(bias) = bias(RouterBias::Logits) {
+                (cx.k.add)(scores.as_mut_ptr(), bias.as_ptr(), experts);
+            }
+            match spec.score {
+                RouterScore::Softmax => (cx.k.softmax)(scores.as_mut_ptr(), experts),
+                RouterScore::SoftmaxOfChosen => {}
+                RouterScore::SqrtSoftplus => (cx.k.sqrt_softplus)(scores.as_mut_ptr(), experts),
+            }
+            match given {
+                Some(given) => ids.copy_from_slice(&given[r * k..(r + 1) * k]),
+                None => {
+                    choice.copy_from_slice(scores);
+                    if let Some(bias) = bias(RouterBias::Choice) {
+                        (cx.k.add)(choice.as_mut_ptr(), bias.as_ptr(), experts);
+                    }
+                    top_k(choice, ids);
+                }
+            }
+            weights.iter_mut().zip(&*ids).for_each(|(w, &id)| *w = scores[id as usize]);
+            if spec.score == RouterScore::SoftmaxOfChosen {
+                (cx.k.softmax)(weights.as_mut_ptr(), k);
+            }
+        }
         if spec.renormalise {
-            let total: f32 = weights.iter().sum();
+            let total = weights.iter().sum::<f32>() + if spec.score == RouterScore::SqrtSoftplus { 1e-20 } else { 0.0 };
             weights.iter_mut().for_each(|w| *w /= total);
+        }
+        for (weight, &id) in weights.iter_mut().zip(&*ids) {
+            *weight = *weight * spec.factor * w.expert_scale.map_or(1.0, |s| s.values()[id as usize]);
         }
     });
 }
 
 /// The largest of `p`, largest first, ties to the lowest id. A NaN counts as less than anything, so there are always
 /// `ids.len()` different ids.
-fn top_k(p: &mut [f32], ids: &mut [u32], weights: &mut [f32]) {
-    for (id, weight) in ids.iter_mut().zip(weights) {
+fn top_k(p: &mut [f32], ids: &mut [u32]) {
+    for id in ids {
         let mut best = (0, f32::NEG_INFINITY);
         let mut found = false;
         for (i, &p) in p.iter().enumerate() {
@@ -69,7 +111,7 @@ fn top_k(p: &mut [f32], ids: &mut [u32], weights: &mut [f32]) {
             // Only NaN left: the lowest that was not taken.
             best = p.iter().enumerate().find(|(_, p)| p.is_nan()).map_or((0, f32::NAN), |(i, &p)| (i, p));
         }
-        (*id, *weight) = (best.0 as u32, best.1);
+        *id = best.0 as u32;
         p[best.0] = f32::NEG_INFINITY;
     }
 }
@@ -78,19 +120,19 @@ fn top_k(p: &mut [f32], ids: &mut [u32], weights: &mut [f32]) {
 mod tests {
     use super::top_k;
 
-    fn pick(p: &[f32], k: usize) -> (Vec<u32>, Vec<f32>) {
-        let (mut ids, mut weights) = (vec![0; k], vec![0.0; k]);
-        top_k(&mut p.to_vec(), &mut ids, &mut weights);
-        (ids, weights)
+    fn pick(p: &[f32], k: usize) -> Vec<u32> {
+        let mut ids = vec![0; k];
+        top_k(&mut p.to_vec(), &mut ids);
+        ids
     }
 
     #[test]
     fn ties_go_to_the_lowest_id() {
-        assert_eq!(pick(&[0.1, 0.3, 0.3, 0.2, 0.1], 4), (vec![1, 2, 3, 0], vec![0.3, 0.3, 0.2, 0.1]));
+        assert_eq!(pick(&[0.1, 0.3, 0.3, 0.2, 0.1], 4), [1, 2, 3, 0]);
     }
 
     #[test]
     fn ids_stay_distinct_when_scores_are_nan() {
-        assert_eq!(pick(&[f32::NAN, 0.5, f32::NAN], 3).0, [1, 0, 2]);
+        assert_eq!(pick(&[f32::NAN, 0.5, f32::NAN], 3), [1, 0, 2]);
     }
 }

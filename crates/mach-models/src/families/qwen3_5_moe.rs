@@ -104,7 +104,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     }
     let rope = rope(c, 10_000.0, 0.25)?;
     let moe = MoeSpec {
-        router: RouterSpec { experts: c.size("num_experts")?, top_k: c.size_or("num_experts_per_tok", 8)?, renormalise: true },
+        router: RouterSpec::softmax(c.size("num_experts")?, c.size_or("num_experts_per_tok", 8)?, true),
         inner: c.size_or("moe_intermediate_size", 512)?,
         activation: Activation::SwiGlu,
         shared: Some(c.size_or("shared_expert_intermediate_size", 512)?),

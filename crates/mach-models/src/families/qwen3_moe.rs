@@ -125,7 +125,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         (a, b) => a.or(b).unwrap_or(128),
     };
     let moe = MoeSpec {
-        router: RouterSpec { experts, top_k: c.size_or("num_experts_per_tok", 8)?, renormalise: c.flag_or("norm_topk_prob", false)? },
+        router: RouterSpec::softmax(experts, c.size_or("num_experts_per_tok", 8)?, c.flag_or("norm_topk_prob", false)?),
         inner: c.size_or("moe_intermediate_size", 768)?,
         activation: Activation::SwiGlu,
         shared: None,

@@ -43,9 +43,9 @@ impl<B: Backend> Attention<B> {
             backend.reshape(t, rows, cols);
         }
         backend.linear(&ws.h, rows, &mut [(&self.q, &mut a.q), (&self.k, &mut a.k), (&self.v, &mut a.v)]);
-        let prep = QkNormRope { eps, q_norm: Some(&self.q_norm), k_norm: Some(&self.k_norm), rope: &ws.rope, half: ws.rope_half };
-        backend.qkv_store(&self.spec, &prep, &mut a.q, &mut a.k, &a.v, segments, kv);
-        backend.attention(&self.spec, &a.q, segments, kv, &mut a.out);
+        let prep = QkNormRope { eps, q_norm: Some(&self.q_norm), k_norm: Some(&self.k_norm), v_norm: false, rope: &ws.rope, half: ws.rope_half };
+        backend.qkv_store(&self.spec, &prep, &mut a.q, &mut a.k, Some(&a.v), segments, kv);
+        backend.attention(&self.spec, &a.q, None, segments, kv, &mut a.out);
         backend.linear(&a.out, rows, &mut [(&self.o, &mut ws.out)]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use mach_backend::{Backend, ExpertJob, ExpertLayout, Part};
+use mach_backend::{Backend, ExpertJob, ExpertLayout, Experts, Part, RouterWeights};
 use mach_experts::{ExpertStore, SWEEP_ROWS};
 
 use super::{FeedForward, weight_f32};
@@ -50,7 +50,7 @@ impl<B: Backend> Moe<B> {
         log: Option<&mut RouteLog>,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<(), ModelError> {
-        backend.route(&self.spec.router, &ws.h, rows, &self.router, &mut ws.routes);
+        backend.route(&self.spec.router, &self.router_weights(), &ws.h, rows, None, &mut ws.routes);
         backend.read_routes(&ws.routes, &mut ws.ids, &mut ws.weights);
         if let Some(routes) = &self.forced {
             routes.lock().unwrap_or_else(PoisonError::into_inner)(self.index, &mut ws.ids);
@@ -79,12 +79,17 @@ impl<B: Backend> Moe<B> {
         Ok(())
     }
 
+    fn router_weights(&self) -> RouterWeights<'_, B::Tensor, B::Weight> {
+        RouterWeights { project: &self.router, bias: None, expert_scale: None }
+    }
+
     /// Few rows: hits first, misses as they arrive, outputs buffered so that the order of arrival does not matter.
     fn decode(&self, step: &Step<'_, B>, ws: &mut Workspace<B>, store: &mut ExpertStore<B::Memory>, next: Option<Next<'_, B>>) -> Result<(), ModelError> {
         let Step { backend, rows, groups, layout, cancelled } = step;
         let k = self.spec.router.top_k;
         backend.reshape(&mut ws.act, rows * k, self.spec.inner);
         let memory = store.memory().clone();
+        let operand = Experts { layout, memory: &*memory, bias: None };
         let mut lease = store.step(self.index, &groups.experts);
         if let Some(next) = next.filter(|n| n.moe.forced.is_none() && lease.wants_guess()) {
             next.route(backend, ws, *rows);
@@ -93,14 +98,14 @@ impl<B: Backend> Moe<B> {
         while let Some(batch) = lease.next(cancelled)? {
             let jobs = |parts: [Part; 2]| -> Vec<ExpertJob<'_>> {
                 let wanted = batch.iter().filter(|r| parts.contains(&r.part));
-                wanted.map(|r| ExpertJob { slot: r.slot, rows: groups.rows(r.index), outs: groups.outs(r.index) }).collect()
+                wanted.map(|r| ExpertJob { slot: r.slot, expert: groups.expert(r.index), rows: groups.rows(r.index), outs: groups.outs(r.index) }).collect()
             };
             let (gate_up, down) = (jobs([Part::Both, Part::GateUp]), jobs([Part::Both, Part::Down]));
             if !gate_up.is_empty() {
-                backend.experts_gate_up(layout, &memory, &gate_up, &ws.h, &mut ws.act);
+                backend.experts_gate_up(&operand, &gate_up, &ws.h, &mut ws.act);
             }
             if !down.is_empty() {
-                backend.experts_down(layout, &memory, &down, &ws.act, &mut ws.y);
+                backend.experts_down(&operand, &down, &ws.act, &mut ws.y);
             }
         }
         drop(lease);
@@ -118,15 +123,16 @@ impl<B: Backend> Moe<B> {
         backend.zero(&mut ws.out, *rows);
         backend.reshape(&mut ws.act, *rows, self.spec.inner);
         let memory = store.memory().clone();
+        let operand = Experts { layout, memory: &*memory, bias: None };
         let local: Vec<u32> = (0..*rows as u32).collect();
         let mut lease = if *rows >= SWEEP_ROWS { store.sweep(self.index, &groups.experts) } else { store.stream(self.index, &groups.experts) };
         while let Some(batch) = lease.next(cancelled)? {
             for ready in batch {
                 let (rows, outs) = (groups.rows(ready.index), groups.outs(ready.index));
-                let job = ExpertJob { slot: ready.slot, rows, outs: &local[..rows.len()] };
+                let job = ExpertJob { slot: ready.slot, expert: groups.expert(ready.index), rows, outs: &local[..rows.len()] };
                 let weights: Vec<f32> = outs.iter().map(|&at| ws.weights[at as usize]).collect();
-                backend.experts_gate_up(layout, &memory, &[job], &ws.h, &mut ws.act);
-                backend.expert_down_add(layout, &memory, &job, &weights, &ws.act, &mut ws.out);
+                backend.experts_gate_up(&operand, &[job], &ws.h, &mut ws.act);
+                backend.expert_down_add(&operand, &job, &weights, &ws.act, &mut ws.out);
             }
         }
         Ok(())
@@ -146,7 +152,7 @@ impl<B: Backend> Next<'_, B> {
     /// Ids → `ws.guess`; `ws.out` and `ws.routes` are scratch for it.
     fn route(&self, backend: &B, ws: &mut Workspace<B>, rows: usize) {
         backend.rms_norm(self.x, 0, rows, self.norm, self.eps, &mut ws.out);
-        backend.route(&self.moe.spec.router, &ws.out, rows, &self.moe.router, &mut ws.routes);
+        backend.route(&self.moe.spec.router, &self.moe.router_weights(), &ws.out, rows, None, &mut ws.routes);
         backend.read_routes(&ws.routes, &mut ws.guess, &mut ws.guess_weights);
     }
 }
@@ -184,6 +190,10 @@ impl Groups {
             next[id as usize] += 1;
         }
         Self { experts: used, starts, rows: outs.iter().map(|&at| at / k as u32).collect(), outs }
+    }
+
+    fn expert(&self, index: usize) -> usize {
+        self.experts[index] as usize
     }
 
     fn rows(&self, index: usize) -> &[u32] {
