@@ -13,7 +13,7 @@ use crate::disk::{sync_dir, write_atomic};
 use crate::error::FormatError;
 use crate::fingerprint::fingerprint;
 use crate::format::{ScaleType, WeightFormat};
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, RowPick};
 use crate::packed::PackedLayout;
 use crate::safetensors_writer::{Planned, SafetensorsWriter};
 use crate::sidecar::{LayerOutcome, LayerShape, Manifest, RecordLayout, SIDECAR_DIR, SidecarPlan, SidecarWriter};
@@ -42,7 +42,7 @@ pub enum ExpertSource {
     /// A stack `[experts, rows, cols]`.
     Stacked(Matrix),
     /// A part of the rows of every matrix of a stack: the gate or up half of a fused pair.
-    StackedRows(Matrix, std::ops::Range<usize>),
+    StackedRows(Matrix, RowPick),
     /// One matrix per expert.
     Each(Vec<Matrix>),
 }
@@ -63,7 +63,7 @@ impl ExpertSource {
     pub fn expert(&self, e: usize) -> Matrix {
         match self {
             Self::Stacked(m) => m.expert(e),
-            Self::StackedRows(m, rows) => m.expert(e).rows_range(rows.clone()),
+            Self::StackedRows(m, rows) => m.expert(e).pick(*rows),
             Self::Each(all) => all[e].clone(),
         }
     }

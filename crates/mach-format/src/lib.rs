@@ -22,7 +22,7 @@ pub use disk::{forget_pages, free_space};
 pub use error::FormatError;
 pub use fingerprint::{Fingerprint, checksum, fingerprint};
 pub use format::{BlockFormat, Codes, E2M1, ScaleType, WeightFormat};
-pub use matrix::{Matrix, pack_f32, pack_gate_up};
+pub use matrix::{Matrix, RowPick, pack_f32, pack_gate_up};
 pub use packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS, UNIT};
 pub use safetensors_writer::{Planned, SafetensorsWriter};
 pub use sidecar::{LayerExperts, RecordLayout, SIDECAR_DIR, Sidecar, SidecarWriter};

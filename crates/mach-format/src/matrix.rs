@@ -61,8 +61,23 @@ pub struct Matrix {
     pub(crate) source: Arc<Source>,
     pub(crate) layout: PackedLayout,
     pub(crate) leading: Option<usize>,
-    /// Its first row among those of the tensors.
+    /// Its first row among those of the tensors, and the distance of its rows.
     pub(crate) first: usize,
+    pub(crate) step: usize,
+    /// Of a matrix that lies transposed: the first of its columns among the tensor's rows. `first` and `step` count the
+    /// tensor's columns then.
+    pub(crate) transposed: Option<usize>,
+}
+
+/// Rows of a matrix: every `step`-th from `first` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowPick {
+    /// The first.
+    pub first: usize,
+    /// From one to the next.
+    pub step: usize,
+    /// How many.
+    pub rows: usize,
 }
 
 /// What a tile is made of: the rows as stored, or rows quantised on the way.
@@ -112,7 +127,11 @@ impl Matrix {
 
     /// Its rows, of the whole stack, among those of the tensors.
     fn all_rows(&self) -> Range<usize> {
-        self.first..self.first + self.rows() * self.leading.unwrap_or(1)
+        let matrices = self.leading.unwrap_or(1);
+        match self.transposed {
+            Some(column) => column..column + self.cols() * matrices,
+            None => self.first..self.first + (self.rows() * matrices).saturating_sub(1) * self.step + self.rows().min(1),
+        }
     }
 
     /// Number of matrices of a stack, `None` for a single matrix.
@@ -128,7 +147,10 @@ impl Matrix {
         assert!(self.leading.is_some_and(|n| e < n), "expert {e} of {:?} in {}", self.leading, self.name());
         let mut one = self.clone();
         one.leading = None;
-        one.first += e * self.rows();
+        match &mut one.transposed {
+            Some(column) => *column += e * self.cols(),
+            None => one.first += e * self.rows(),
+        }
         one
     }
 
@@ -138,22 +160,65 @@ impl Matrix {
     /// # Panics
     /// When the range is outside or this is a stack.
     pub fn rows_range(&self, r: Range<usize>) -> Self {
-        assert!(self.leading.is_none() && r.start <= r.end && r.end <= self.rows(), "rows {r:?} of {} in {}", self.rows(), self.name());
+        assert!(r.start <= r.end, "rows {r:?} in {}", self.name());
+        self.pick(RowPick { first: r.start, step: 1, rows: r.len() })
+    }
+
+    /// Some rows of a single matrix.
+    ///
+    /// # Panics
+    /// When they are outside or this is a stack.
+    pub fn pick(&self, pick: RowPick) -> Self {
+        let end = if pick.rows == 0 { pick.first } else { pick.first + (pick.rows - 1) * pick.step + 1 };
+        assert!(self.leading.is_none() && end <= self.rows(), "{pick:?} of {} rows in {}", self.rows(), self.name());
         let mut part = self.clone();
-        part.layout.rows = r.len();
-        part.first += r.start;
+        part.layout.rows = pick.rows;
+        part.first += pick.first * self.step;
+        part.step *= pick.step;
         part
+    }
+
+    /// The transpose of a whole plain matrix, or of every matrix of a stack.
+    ///
+    /// # Errors
+    /// Weights that are quantised: their groups run along the rows.
+    pub fn transposed(&self) -> Result<Self, FormatError> {
+        if !self.format().is_plain() || self.transposed.is_some() || self.step != 1 || self.first != 0 {
+            return Err(FormatError::UnsupportedQuantisation {
+                tensor: self.name().to_owned(),
+                what: format!("{} weights that lie transposed", self.format()),
+            });
+        }
+        let layout = PackedLayout::new(self.cols(), self.rows(), self.format());
+        Ok(Self { layout, transposed: Some(0), ..self.clone() })
+    }
+
+    /// Of plain formats.
+    fn element_bytes(&self) -> usize {
+        if self.format() == WeightFormat::F32 { 4 } else { 2 }
     }
 
     /// Reads `rows` in the form that tiles are packed of: data, scales, biases.
     fn read_rows(&self, rows: Range<usize>) -> Result<[Vec<u8>; 3], FormatError> {
-        let mut out = [const { Vec::new() }; 3];
+        if let Some(column) = self.transposed {
+            return self.read_transposed(rows, column);
+        }
+        // Rows apart are read with what lies between them.
+        let span = rows.len().saturating_sub(1) * self.step + rows.len().min(1);
+        let (first, mut out) = (self.first + rows.start * self.step, [const { Vec::new() }; 3]);
         for (out, plane) in out.iter_mut().zip(&self.source.planes) {
             if let Some(plane) = plane.filter(|_| !rows.is_empty()) {
-                *out = self.read_plane(&plane, self.first + rows.start..self.first + rows.end)?;
+                *out = self.read_plane(&plane, first..first + span)?;
             }
         }
-        let out = self.source.stored.rows(&self.layout, out);
+        let mut out = self.source.stored.rows(&self.layout, out);
+        if self.step > 1 {
+            for bytes in &mut out {
+                let row = bytes.len() / span.max(1);
+                (1..rows.len()).for_each(|r| bytes.copy_within(r * self.step * row..(r * self.step + 1) * row, r * row));
+                bytes.truncate(rows.len() * row);
+            }
+        }
         if matches!(self.layout.format, WeightFormat::Fp8 { .. })
             && let Some(at) = out[0].iter().position(|code| code & 127 == 127)
         {
@@ -174,6 +239,27 @@ impl Matrix {
         let first = plane.row(self.source.rows, rows.start);
         let row = |r: usize| &read[(plane.row(self.source.rows, r) - first) * plane.row_bytes..][..plane.row_bytes];
         Ok(rows.flat_map(row).copied().collect())
+    }
+
+    /// Rows of a matrix whose columns lie one after another from the tensor's row `column` on.
+    fn read_transposed(&self, rows: Range<usize>, column: usize) -> Result<[Vec<u8>; 3], FormatError> {
+        let mut out = [const { Vec::new() }; 3];
+        let (Some(plane), size) = (&self.source.planes[0], self.element_bytes()) else { return Ok(out) };
+        let mut columns = vec![0; self.cols() * plane.row_bytes];
+        self.source.files.read(plane.file, plane.offset + (column * plane.row_bytes) as u64, &mut columns)?;
+        out[0] = vec![0; rows.len() * self.cols() * size];
+        // A few columns at a time, so that their lines stay in cache while rows are gathered from them.
+        const COLUMNS: usize = 64;
+        for first in (0..self.cols()).step_by(COLUMNS) {
+            let n = COLUMNS.min(self.cols() - first);
+            for (to, r) in out[0].chunks_exact_mut(self.cols() * size).zip(rows.clone()) {
+                let at = (self.first + r * self.step) * size;
+                for (c, to) in to[first * size..(first + n) * size].chunks_exact_mut(size).enumerate() {
+                    to.copy_from_slice(&columns[(first + c) * plane.row_bytes + at..][..size]);
+                }
+            }
+        }
+        Ok(out)
     }
 
     fn widen_row(&self, [data, scales, biases]: [&[u8]; 3], out: &mut [f32]) {
@@ -212,6 +298,7 @@ impl Matrix {
     /// # Errors
     /// A read error.
     pub fn to_f32(&self) -> Result<Vec<f32>, FormatError> {
+        assert!(self.leading.is_none() || self.transposed.is_none(), "{} is a stack of transposed matrices", self.name());
         let mut flat = self.clone();
         flat.layout.rows *= self.leading.unwrap_or(1);
         flat.leading = None;
@@ -231,8 +318,11 @@ impl Matrix {
         Ok(())
     }
 
-    /// A multiple of 16 rows of about [`READ_BYTES`].
+    /// A multiple of 16 rows of about [`READ_BYTES`]; of a transposed matrix all, because each read takes it whole.
     fn rows_per_read(&self) -> usize {
+        if self.transposed.is_some() {
+            return self.rows().next_multiple_of(TILE_ROWS);
+        }
         let row: usize = row_bytes(&self.layout).iter().sum();
         (READ_BYTES / row.max(1) / TILE_ROWS).max(1) * TILE_ROWS
     }

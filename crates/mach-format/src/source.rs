@@ -164,6 +164,8 @@ impl Checkpoint {
             layout: PackedLayout::new(shape.rows, cols, format),
             leading: shape.leading,
             first: 0,
+            step: 1,
+            transposed: None,
         }
     }
 

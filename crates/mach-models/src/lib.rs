@@ -1,5 +1,6 @@
 //! The architecture registry, shared layers, one file per family.
 
+mod block_tensors;
 pub mod config;
 mod error;
 mod experts;

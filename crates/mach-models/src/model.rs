@@ -13,11 +13,11 @@ use crate::layers::attention::Attention;
 use crate::layers::gdn::Gdn;
 use crate::layers::hyper::Hyper;
 use crate::layers::latent::Latent;
-use crate::layers::moe::{ForcedRoutes, Moe, Next, RouteLog};
+use crate::layers::moe::{ForcedRoutes, Moe, Next, Residual, RouteLog};
 use crate::layers::{FeedForward, angles, vector};
 use crate::plan::{MemoryPlan, entry_specs, kv_specs, state_specs};
 use crate::sequence::Sequence;
-use crate::spec::{FfnSpec, MixerSpec, ModelSpec};
+use crate::spec::{FfnSpec, MixerSpec, ModelSpec, RopeTable};
 use crate::tensors::{FfnTensors, LayerTensors, MixerTensors, Resolved};
 use crate::workspace::{HEAD_ROWS, Workspace};
 
@@ -39,6 +39,10 @@ struct Layer<B: Backend> {
     ffn: Ffn<B>,
     /// Around mixer and feed-forward part, where the residual has several streams.
     hyper: Option<[Hyper<B>; 2]>,
+    /// Of what mixer and feed-forward part give.
+    post_norms: Option<[B::Tensor; 2]>,
+    /// On the residual, at the end.
+    scale: Option<f32>,
 }
 
 /// The two parts of a layer.
@@ -67,10 +71,18 @@ impl<B: Backend> Layer<B> {
     }
 
     /// `ws.out`, the output of a part, → the residual.
-    fn write(&self, b: &B, spec: &ModelSpec, x: &mut B::Tensor, first: usize, rows: usize, ws: &Workspace<B>) {
-        match &spec.hyper {
-            Some(h) => b.hyper_add(h, x, first, rows, &ws.out, &ws.mix),
-            None => b.add(x, first, rows, &ws.out),
+    #[allow(clippy::too_many_arguments)]
+    fn write(&self, b: &B, spec: &ModelSpec, part: Part, x: &mut B::Tensor, first: usize, rows: usize, ws: &mut Workspace<B>) {
+        match (&spec.hyper, &self.post_norms) {
+            (Some(h), _) => b.hyper_add(h, x, first, rows, &ws.out, &ws.mix),
+            (None, Some(norms)) => {
+                b.rms_norm(&ws.out, 0, rows, &norms[part as usize], spec.eps, &mut ws.h);
+                b.add(x, first, rows, &ws.h);
+            }
+            (None, None) => b.add(x, first, rows, &ws.out),
+        }
+        if let (Part::Ffn, Some(scale)) = (part, self.scale) {
+            b.scale(x, first, rows, scale);
         }
     }
 }
@@ -94,7 +106,7 @@ impl LayerTensors {
     /// Weights in the order in which they are packed.
     fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         let mixer: Vec<&Matrix> = match &self.mixer {
-            MixerTensors::Attention(t) => vec![&t.q, &t.k, &t.v, &t.o],
+            MixerTensors::Attention(t) => t.matrices().collect(),
             MixerTensors::Gdn(t) => vec![&t.qkv, &t.z, &t.b, &t.a, &t.o],
             MixerTensors::Latent(t) => t.matrices().into_iter().map(|(m, _)| m).collect(),
         };
@@ -142,8 +154,8 @@ pub struct Forward<B: Backend> {
     rows: Vec<Row>,
     spans: Vec<Span>,
     x: B::Tensor,
-    /// cos and sin per row.
-    rope: Vec<f32>,
+    /// cos and sin per row, for each of the model's tables.
+    ropes: Vec<Vec<f32>>,
     layer: usize,
 }
 
@@ -164,7 +176,6 @@ pub struct Model<B: Backend> {
     head_hyper: Option<Hyper<B>>,
     head: B::Weight,
     embed: Matrix,
-    inv_freq: Vec<f32>,
     kv: Vec<B::Kv>,
     /// Stores of layers with compressed entries; their blocks are those of `kv`.
     entries: Vec<B::Entries>,
@@ -212,15 +223,12 @@ impl<B: Backend> Model<B> {
             let layers = Self::load_layers(b, files, &plan, &packed, options.progress)?;
             Ok::<_, ModelError>((layers, b.weight(files.head.pack()?)))
         })?;
-        let dims = spec.rotary_dims;
-        let inv_freq = (0..dims / 2).map(|j| (1.0 / spec.rope.theta.powf((2 * j) as f64 / dims as f64)) as f32).collect();
         Ok(Self {
             layers,
             final_norm: vector(b, &files.norm(&files.final_norm, files.norm_form)?),
             head_hyper: files.head_hyper.as_ref().map(|t| Hyper::load(b, files, t)).transpose()?,
             head,
             embed: files.embed.clone(),
-            inv_freq,
             kv: kv_specs(spec, plan.kv_type).into_iter().map(|k| b.kv(k)).collect(),
             entries: entry_specs(spec, plan.kv_type).into_iter().map(|e| b.entries(e)).collect(),
             free_blocks: Vec::new(),
@@ -254,7 +262,7 @@ impl<B: Backend> Model<B> {
             let ffn = match (&tensors.ffn, &layer.ffn) {
                 (FfnTensors::Moe(t), FfnSpec::Moe(s)) => {
                     moe_index += 1;
-                    Ffn::Moe(Moe::load(b, t, *s, moe_index - 1)?)
+                    Ffn::Moe(Moe::load(b, files, t, *s, moe_index - 1)?)
                 }
                 (FfnTensors::Dense(t), FfnSpec::Dense { activation, .. }) => Ffn::Dense(FeedForward::load(b, &t.gate, &t.up, &t.down, None, *activation)?),
                 _ => unreachable!("tensors were resolved from this spec"),
@@ -268,6 +276,11 @@ impl<B: Backend> Model<B> {
                     Some([a, f]) => Some([Hyper::load(b, files, a)?, Hyper::load(b, files, f)?]),
                     None => None,
                 },
+                post_norms: match &tensors.post_norms {
+                    Some([a, f]) => Some([vector(b, &files.norm(a, files.norm_form)?), vector(b, &files.norm(f, files.norm_form)?)]),
+                    None => None,
+                },
+                scale: tensors.scale.as_ref().map(|name| files.ck.read_f32(name).map(|v| v[0])).transpose()?,
             });
             progress("layers", i + 1, spec.layers.len());
             // Ended only when it has no layer left to read.
@@ -412,16 +425,21 @@ impl<B: Backend> Model<B> {
         for (row, out) in rows.iter().zip(embedded.chunks_exact_mut(width)) {
             let (first, others) = out.split_at_mut(hidden);
             self.embed.row_f32(row.token as usize, first)?;
+            first.iter_mut().for_each(|x| *x *= self.spec.embed_scale);
             others.chunks_exact_mut(hidden).for_each(|stream| stream.copy_from_slice(first));
         }
         let mut x = self.backend.tensor(rows.len(), width);
         self.backend.upload(&mut x, 0, &embedded);
-        let half = self.inv_freq.len();
-        let mut rope = vec![0.0; rows.len() * 2 * half];
-        for (row, out) in rows.iter().zip(rope.chunks_exact_mut((2 * half).max(1))) {
-            angles(&self.inv_freq, row.pos, out);
-        }
-        Ok(Forward { rows, spans, x, rope, layer: 0 })
+        let table = |t: &RopeTable| {
+            let mut rope = vec![0.0; rows.len() * t.dims()];
+            for (row, out) in rows.iter().zip(rope.chunks_exact_mut(t.dims().max(1))) {
+                angles(&t.inv_freq, row.pos, out);
+                out.iter_mut().for_each(|x| *x *= t.factor);
+            }
+            rope
+        };
+        let ropes = self.spec.ropes.iter().map(table).collect();
+        Ok(Forward { rows, spans, x, ropes, layer: 0 })
     }
 
     /// Runs the next layer; `true` when it was the last. `cancelled` is asked between chunks and experts.
@@ -437,7 +455,6 @@ impl<B: Backend> Model<B> {
     ) -> Result<bool, ModelError> {
         let (b, ws, eps) = (&*self.backend, &mut self.ws, self.spec.eps);
         let (layer, index, total) = (&self.layers[f.layer], f.layer, f.rows.len());
-        let rope_cols = 2 * self.inv_freq.len();
         for first in (0..total).step_by(self.plan.chunks.mixer) {
             if cancelled() {
                 return Err(ExpertError::Cancelled.into());
@@ -451,7 +468,10 @@ impl<B: Backend> Model<B> {
             });
             match &layer.mixer {
                 Mixer::Attention(a) => {
-                    b.upload(&mut ws.rope, 0, &f.rope[first * rope_cols..(first + rows) * rope_cols]);
+                    let cols = self.spec.ropes[a.block.rope].dims();
+                    b.reshape(&mut ws.rope, rows, cols);
+                    ws.rope_half = cols / 2;
+                    b.upload(&mut ws.rope, 0, &f.ropes[a.block.rope][first * cols..(first + rows) * cols]);
                     let segments: Vec<Segment<'_>> = cut.map(|(seq, row, rows, pos)| Segment { row, rows, pos, blocks: &seqs[seq].blocks }).collect();
                     a.forward(b, ws, rows, eps, &segments, &mut self.kv);
                 }
@@ -477,7 +497,7 @@ impl<B: Backend> Model<B> {
                     l.forward(b, ws, rows, &mut segments, &mut self.entries);
                 }
             }
-            layer.write(b, &self.spec, &mut f.x, first, rows, ws);
+            layer.write(b, &self.spec, Part::Mixer, &mut f.x, first, rows, ws);
         }
         layer.read(b, &self.spec, Part::Ffn, &f.x, 0, total, ws);
         match (&layer.ffn, &mut self.store) {
@@ -487,7 +507,8 @@ impl<B: Backend> Model<B> {
                     Some(Layer { ffn: Ffn::Moe(moe), post_norm: norm, hyper: None, .. }) => Some(Next { moe, norm, x: &f.x, eps }),
                     _ => None,
                 };
-                m.forward(b, ws, total, store, next, log, cancelled)?;
+                let residual = Residual { x: &f.x, hidden: self.spec.hidden, eps };
+                m.forward(b, ws, total, &residual, store, next, log, cancelled)?;
             }
             (Ffn::Moe(_), None) => return Err(ModelError::NoExperts { path: "the model".to_owned(), reason: "it was loaded without experts".to_owned() }),
             (Ffn::Dense(d), _) => {
@@ -495,7 +516,7 @@ impl<B: Backend> Model<B> {
                 d.add(b, &ws.h, total, &mut ws.act, &mut ws.out);
             }
         }
-        layer.write(b, &self.spec, &mut f.x, 0, total, ws);
+        layer.write(b, &self.spec, Part::Ffn, &mut f.x, 0, total, ws);
         f.layer += 1;
         Ok(f.layer == self.layers.len())
     }
@@ -520,6 +541,9 @@ impl<B: Backend> Model<B> {
                 _ => b.rms_norm(&f.x, row, n, &self.final_norm, self.spec.eps, &mut self.ws.head_in),
             }
             b.linear(&self.ws.head_in, n, &mut [(&self.head, &mut self.ws.logits)]);
+            if let Some(cap) = self.spec.logit_cap {
+                b.soft_cap(&mut self.ws.logits, n, cap);
+            }
             logits.resize(n * self.spec.vocab, 0.0);
             b.read(&self.ws.logits, 0, &mut logits);
             for (i, logits) in logits.chunks_exact(self.spec.vocab).enumerate() {

@@ -4,7 +4,7 @@ use mach_backend::{CompressSpec, EntrySpec, KV_BLOCK, KvSpec, KvType, LatentSpec
 use mach_experts::{Residency, floor_slots};
 
 use crate::ModelError;
-use crate::spec::{MixerSpec, ModelSpec};
+use crate::spec::{AttentionBlock, MixerSpec, ModelSpec};
 use crate::workspace::{Chunks, scratch_bytes};
 
 /// Warm sequences that the engine keeps.
@@ -142,7 +142,7 @@ impl Verdict {
 /// The KV store of every attention layer.
 pub(crate) fn kv_specs(spec: &ModelSpec, ty: KvType) -> Vec<KvSpec> {
     let of = |m: &MixerSpec| match m {
-        MixerSpec::Attention(a) => Some(KvSpec { kv_heads: a.kv_heads, head_dim: a.head_dim, ty }),
+        MixerSpec::Attention(AttentionBlock { attention: a, .. }) => Some(KvSpec { kv_heads: a.kv_heads, head_dim: a.head_dim, ty }),
         MixerSpec::Gdn(_) | MixerSpec::Latent(_) => None,
     };
     spec.layers.iter().filter_map(|l| of(&l.mixer)).collect()

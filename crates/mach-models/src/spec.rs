@@ -2,7 +2,7 @@
 
 use mach_backend::{Activation, AttentionSpec, GdnSpec, HyperSpec, LatentSpec, RouterSpec};
 
-use crate::config::Rope;
+use crate::rope::{Yarn, frequencies};
 
 /// A model as data.
 #[derive(Clone, Debug, PartialEq)]
@@ -13,10 +13,16 @@ pub struct ModelSpec {
     pub vocab: usize,
     /// Epsilon of all RMS norms.
     pub eps: f32,
-    /// Rotary embedding of the attention layers.
-    pub rope: Rope,
-    /// Rotated channels of a head.
-    pub rotary_dims: usize,
+    /// Factor on the embedding.
+    pub embed_scale: f32,
+    /// Logits are `cap · tanh(logit / cap)`.
+    pub logit_cap: Option<f32>,
+    /// The outputs of mixer and feed-forward part are normed before they are added.
+    pub post_norms: bool,
+    /// Every layer ends with a factor on the residual.
+    pub layer_scale: bool,
+    /// Rotary embeddings that attention layers choose from.
+    pub ropes: Vec<RopeTable>,
     /// Context that the model was made for.
     pub max_positions: usize,
     /// The head is the embedding.
@@ -25,6 +31,45 @@ pub struct ModelSpec {
     pub hyper: Option<HyperSpec>,
     /// Layers, first to last.
     pub layers: Vec<LayerSpec>,
+}
+
+/// Rotary embedding of a kind of layer: pairs `(j, j + pairs)` of a head rotate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeTable {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// One frequency a pair.
+    pub inv_freq: Vec<f32>,
+    /// Factor on cos and sin.
+    pub factor: f32,
+}
+
+impl RopeTable {
+    /// The first `dims` channels of a head rotate.
+    pub fn plain(theta: f64, dims: usize) -> Self {
+        Self { theta, inv_freq: single(&frequencies(theta, dims)), factor: 1.0 }
+    }
+
+    /// All `dims` channels, stretched.
+    pub fn yarn(theta: f64, dims: usize, yarn: &Yarn) -> Self {
+        Self { theta, inv_freq: single(&yarn.frequencies(theta, dims)), factor: yarn.angle_factor() as f32 }
+    }
+
+    /// The frequencies of all `dims` channels, but only the first `pairs` pairs rotate.
+    pub fn proportional(theta: f64, dims: usize, pairs: usize) -> Self {
+        let mut table = Self::plain(theta, dims);
+        table.inv_freq.iter_mut().skip(pairs).for_each(|f| *f = 0.0);
+        table
+    }
+
+    /// Rotating channels: columns of cos and sin.
+    pub fn dims(&self) -> usize {
+        2 * self.inv_freq.len()
+    }
+}
+
+fn single(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|&x| x as f32).collect()
 }
 
 /// One block: a token mixer, then a feed-forward part.
@@ -39,12 +84,38 @@ pub struct LayerSpec {
 /// Token mixers.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MixerSpec {
-    /// Softmax attention with per-head q/k norm and rope.
-    Attention(AttentionSpec),
+    /// Softmax attention with rope.
+    Attention(AttentionBlock),
     /// Gated delta net.
     Gdn(GdnSpec),
     /// Latent attention over a window and compressed entries.
     Latent(LatentBlock),
+}
+
+/// Softmax attention with what stands around it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionBlock {
+    /// The operation.
+    pub attention: AttentionSpec,
+    /// Which of the model's [`RopeTable`]s.
+    pub rope: usize,
+    /// Projections have biases.
+    pub bias: bool,
+    /// Heads have sinks.
+    pub sinks: bool,
+    /// Queries and keys are normed per head.
+    pub qk_norm: bool,
+    /// Values are normed per head, without a weight.
+    pub v_norm: bool,
+    /// Values are the projected keys before their norm.
+    pub v_from_k: bool,
+}
+
+impl AttentionBlock {
+    /// Attention with q/k norms and nothing else.
+    pub const fn new(attention: AttentionSpec) -> Self {
+        Self { attention, rope: 0, bias: false, sinks: false, qk_norm: true, v_norm: false, v_from_k: false }
+    }
 }
 
 /// Latent attention with the projections around it.
@@ -85,8 +156,31 @@ pub struct MoeSpec {
     pub inner: usize,
     /// Between gate|up and down.
     pub activation: Activation,
-    /// Inner width of the shared expert.
-    pub shared: Option<usize>,
+    /// Experts have biases.
+    pub expert_bias: bool,
+    /// Every expert has a factor of its own on its weight.
+    pub expert_scale: bool,
+    /// A block beside the experts that is always active.
+    pub shared: Option<SharedSpec>,
+    /// Router, experts and shared block each have a norm of the residual; what the experts and the shared block give is
+    /// normed apart before it is added.
+    pub apart: bool,
+}
+
+impl MoeSpec {
+    /// SwiGLU experts without a shared one.
+    pub const fn new(router: RouterSpec, inner: usize) -> Self {
+        Self { router, inner, activation: Activation::SwiGlu, expert_bias: false, expert_scale: false, shared: None, apart: false }
+    }
+}
+
+/// A feed-forward block beside the experts, with their activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedSpec {
+    /// Inner width.
+    pub inner: usize,
+    /// Its output is multiplied by the sigmoid of a projection of its input.
+    pub gated: bool,
 }
 
 impl ModelSpec {

@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use mach_backend::{AttentionSpec, GdnSpec};
+use mach_backend::GdnSpec;
 use mach_format::{Checkpoint, ExpertSource, LayerPlan, Matrix, PackPlan, ScaleType, WeightFormat};
 
 use crate::ModelError;
+use crate::block_tensors::{AttentionTensors, FeedForwardTensors, MoeTensors};
 use crate::gguf::has_gguf_weights;
 use crate::latent_tensors::{HyperTensors, LatentTensors};
 use crate::registry::MoeArchAdapter;
@@ -30,10 +31,22 @@ pub struct WeightNames {
     pub gdn_small: [&'static str; 4],
     /// `−exp(A_log)` where a file has that.
     pub gdn_neg_exp: &'static str,
+    /// Sinks of the heads, as a full name.
+    pub sinks: &'static str,
+    /// Norms after the mixer and after the feed-forward part.
+    pub post_norms: [&'static str; 2],
+    /// Factor at the end of a layer, as a full name.
+    pub layer_scale: &'static str,
     /// Router.
     pub router: &'static str,
+    /// Factors of experts, as a full name.
+    pub expert_scale: &'static str,
+    /// Norms of the router's and the experts' input, of what the experts give and of what the shared block gives, as full names.
+    pub apart: [&'static str; 4],
     /// Fused gate|up and down of all experts.
     pub fused: [&'static str; 2],
+    /// Rows of gate and up lie in turn in fused ones, and what is not quantised lies transposed, `[experts, in, out]`.
+    pub interleaved: bool,
     /// Gate, up, down of one expert.
     pub each: [&'static str; 3],
     /// Gate, up, down of all experts, stacked.
@@ -56,8 +69,14 @@ pub static QWEN: WeightNames = WeightNames {
     gdn: ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a", "linear_attn.out_proj"],
     gdn_small: ["linear_attn.conv1d.weight", "linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight"],
     gdn_neg_exp: "linear_attn.neg_exp_A",
+    sinks: "",
+    post_norms: ["", ""],
+    layer_scale: "",
     router: "mlp.gate",
+    expert_scale: "",
+    apart: [""; 4],
     fused: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    interleaved: false,
     each: ["mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"],
     switch: ["mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj", "mlp.switch_mlp.down_proj"],
     shared: ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj", "mlp.shared_expert_gate"],
@@ -72,16 +91,6 @@ pub enum NormForm {
     Plain,
     /// The factor minus one.
     OnePlus,
-}
-
-/// Attention tensors.
-pub struct AttentionTensors {
-    pub(crate) q: Matrix,
-    pub(crate) k: Matrix,
-    pub(crate) v: Matrix,
-    pub(crate) o: Matrix,
-    pub(crate) q_norm: String,
-    pub(crate) k_norm: String,
 }
 
 /// Delta net tensors.
@@ -105,21 +114,6 @@ pub(crate) enum Decay {
     NegExp(String),
 }
 
-/// A feed-forward block that is always active.
-pub struct FeedForwardTensors {
-    pub(crate) gate: Matrix,
-    pub(crate) up: Matrix,
-    pub(crate) down: Matrix,
-    pub(crate) scalar: Option<Matrix>,
-}
-
-/// MoE tensors. `experts` is `None` in a pack, whose experts are in its sidecar.
-pub struct MoeTensors {
-    pub(crate) router: Matrix,
-    pub(crate) shared: Option<FeedForwardTensors>,
-    pub(crate) experts: Option<LayerPlan>,
-}
-
 pub(crate) enum MixerTensors {
     Attention(AttentionTensors),
     Gdn(GdnTensors),
@@ -138,6 +132,9 @@ pub(crate) struct LayerTensors {
     pub ffn: FfnTensors,
     /// Around the mixer and the feed-forward part.
     pub hyper: Option<[HyperTensors; 2]>,
+    /// Norms after both, where there are any.
+    pub post_norms: Option<[String; 2]>,
+    pub scale: Option<String>,
 }
 
 /// A checkpoint whose tensors were all found and have the shapes that the config says.
@@ -208,6 +205,14 @@ impl Resolved {
                     }
                     None => None,
                 },
+                post_norms: match spec.post_norms {
+                    true => {
+                        let mut of = |name: &str| r.vector(at(name) + ".weight", spec.hidden);
+                        Some([of(names.post_norms[0])?, of(names.post_norms[1])?])
+                    }
+                    false => None,
+                },
+                scale: if spec.layer_scale { Some(r.vector(at(names.layer_scale), 1)?) } else { None },
             });
         }
         let head_hyper = spec.hyper.map(|h| r.hyper(&|what| format!("{root}hc_head_{what}"), spec.hidden, &h, h.streams, 1)).transpose()?;
@@ -287,7 +292,7 @@ impl Resolved {
         all.extend(self.head_hyper.iter().map(|h| (&h.project, true)));
         for layer in &self.layers {
             match &layer.mixer {
-                MixerTensors::Attention(t) => all.extend([&t.q, &t.k, &t.v, &t.o].map(|m| (m, false))),
+                MixerTensors::Attention(t) => all.extend(t.matrices().map(|m| (m, false))),
                 MixerTensors::Gdn(t) => {
                     all.extend([&t.qkv, &t.z, &t.o].map(|m| (m, false)));
                     all.extend([&t.b, &t.a].map(|m| (m, true)));
@@ -316,7 +321,9 @@ impl Resolved {
             let format = if widened && m.format().is_quantised() { WeightFormat::F32 } else { m.format() };
             mach_format::PackedLayout::new(m.rows(), m.cols(), format).bytes() as u64
         };
-        self.resident().into_iter().map(packed).sum()
+        let biases = |m: &MoeSpec| if m.expert_bias { 4 * m.router.experts * (2 * m.inner + self.spec.hidden) } else { 0 };
+        let biases: usize = self.spec.moe_layers().map(|(_, m)| biases(m)).sum();
+        self.resident().into_iter().map(packed).sum::<u64>() + biases as u64
     }
 
     /// Parameters of the language model, embedding included. Experts that are only in a sidecar are counted from the spec.
@@ -399,7 +406,7 @@ fn norm_form(ck: &Checkpoint, arch: &MoeArchAdapter, layers: &[LayerTensors]) ->
 }
 
 pub(crate) struct Resolver<'a> {
-    ck: &'a Checkpoint,
+    pub(crate) ck: &'a Checkpoint,
     used: HashSet<String>,
 }
 
@@ -409,7 +416,7 @@ impl Resolver<'_> {
         self.used.extend(["weight", "scales", "biases"].map(|s| format!("{module}.{s}")));
     }
 
-    fn raw(&mut self, module: &str) -> Result<Matrix, ModelError> {
+    pub(crate) fn raw(&mut self, module: &str) -> Result<Matrix, ModelError> {
         let m = self.ck.matrix(module)?;
         self.use_module(module);
         self.used.extend(m.tensors().iter().cloned());
@@ -422,7 +429,7 @@ impl Resolver<'_> {
         Ok(m)
     }
 
-    fn stack(&mut self, module: &str, experts: usize, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
+    pub(crate) fn stack(&mut self, module: &str, experts: usize, rows: usize, cols: usize) -> Result<Matrix, ModelError> {
         let m = self.raw(module)?;
         check_shape(&m, Some(experts), rows, cols)?;
         Ok(m)
@@ -436,19 +443,6 @@ impl Resolver<'_> {
         }
         self.used.insert(name.clone());
         Ok(name)
-    }
-
-    fn attention(&mut self, names: &WeightNames, at: &dyn Fn(&str) -> String, hidden: usize, a: &AttentionSpec) -> Result<AttentionTensors, ModelError> {
-        let [q, k, v, o, q_norm, k_norm] = names.attention.map(at);
-        let (heads, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-        Ok(AttentionTensors {
-            q: self.matrix(&q, if a.gate { 2 * heads } else { heads }, hidden)?,
-            k: self.matrix(&k, kv, hidden)?,
-            v: self.matrix(&v, kv, hidden)?,
-            o: self.matrix(&o, hidden, heads)?,
-            q_norm: self.vector(q_norm + ".weight", a.head_dim)?,
-            k_norm: self.vector(k_norm + ".weight", a.head_dim)?,
-        })
     }
 
     fn gdn(&mut self, names: &WeightNames, at: &dyn Fn(&str) -> String, hidden: usize, g: &GdnSpec) -> Result<GdnTensors, ModelError> {
@@ -470,60 +464,9 @@ impl Resolver<'_> {
             norm: self.vector(norm, g.v_dim)?,
         })
     }
-
-    fn feed_forward(
-        &mut self,
-        names: [&str; 3],
-        scalar: Option<&str>,
-        at: &dyn Fn(&str) -> String,
-        hidden: usize,
-        inner: usize,
-    ) -> Result<FeedForwardTensors, ModelError> {
-        let [gate, up, down] = names.map(at);
-        Ok(FeedForwardTensors {
-            gate: self.matrix(&gate, inner, hidden)?,
-            up: self.matrix(&up, inner, hidden)?,
-            down: self.matrix(&down, hidden, inner)?,
-            scalar: scalar.map(|s| self.matrix(&at(s), 1, hidden)).transpose()?,
-        })
-    }
-
-    fn moe(&mut self, names: &WeightNames, at: &dyn Fn(&str) -> String, hidden: usize, m: &MoeSpec, layer: usize) -> Result<MoeTensors, ModelError> {
-        let experts = m.router.experts;
-        let router = self.matrix(&at(names.router), experts, hidden)?;
-        let [gate, up, down, scalar] = names.shared;
-        let shared = m.shared.map(|inner| self.feed_forward([gate, up, down], Some(scalar), at, hidden, inner)).transpose()?;
-        let has = |name: &str| self.ck.tensor(&at(name)).is_some() || self.ck.tensor(&format!("{}.weight", at(name))).is_some();
-        let first = names.each.map(|n| n.replace("{}", "0"));
-        let plan = if has(names.fused[0]) {
-            let gate_up = self.stack(&at(names.fused[0]), experts, 2 * m.inner, hidden)?;
-            // Some files fuse only gate and up.
-            let down = at(if has(names.fused[1]) { names.fused[1] } else { names.switch[2] });
-            let down = self.stack(&down, experts, hidden, m.inner)?;
-            let half = |rows| ExpertSource::StackedRows(gate_up.clone(), rows);
-            Some((half(0..m.inner), half(m.inner..2 * m.inner), ExpertSource::Stacked(down)))
-        } else if has(names.switch[0]) {
-            let [gate, up, down] = names.switch.map(at);
-            Some((
-                ExpertSource::Stacked(self.stack(&gate, experts, m.inner, hidden)?),
-                ExpertSource::Stacked(self.stack(&up, experts, m.inner, hidden)?),
-                ExpertSource::Stacked(self.stack(&down, experts, hidden, m.inner)?),
-            ))
-        } else if has(&first[0]) {
-            let mut each = |pattern: &str, rows, cols| -> Result<ExpertSource, ModelError> {
-                let one = |e: usize| self.matrix(&at(&pattern.replace("{}", &e.to_string())), rows, cols);
-                Ok(ExpertSource::Each((0..experts).map(one).collect::<Result<_, _>>()?))
-            };
-            Some((each(names.each[0], m.inner, hidden)?, each(names.each[1], m.inner, hidden)?, each(names.each[2], hidden, m.inner)?))
-        } else {
-            None
-        };
-        let experts = plan.map(|(gate, up, down)| LayerPlan { layer, gate, up, down });
-        Ok(MoeTensors { router, shared, experts })
-    }
 }
 
-fn check_shape(m: &Matrix, leading: Option<usize>, rows: usize, cols: usize) -> Result<(), ModelError> {
+pub(crate) fn check_shape(m: &Matrix, leading: Option<usize>, rows: usize, cols: usize) -> Result<(), ModelError> {
     if (m.leading(), m.rows(), m.cols()) == (leading, rows, cols) {
         return Ok(());
     }

@@ -2,7 +2,7 @@
 
 use mach_backend::Backend;
 
-use crate::spec::{FfnSpec, LatentBlock, MixerSpec, ModelSpec};
+use crate::spec::{AttentionBlock, FfnSpec, LatentBlock, MixerSpec, ModelSpec, RopeTable};
 
 /// Rows up to which the MoE step buffers expert outputs (decode) instead of adding in place (prefill).
 pub const DECODE_ROWS: usize = 16;
@@ -58,12 +58,15 @@ pub(crate) struct Workspace<B: Backend> {
     pub out: B::Tensor,
     /// cos and sin of the rows of a mixer call.
     pub rope: B::Tensor,
+    /// Pairs that rotate in that call.
     pub rope_half: usize,
     pub attention: AttentionScratch<B::Tensor>,
     pub gdn: GdnScratch<B::Tensor>,
     pub latent: LatentScratch<B::Tensor>,
     /// How blocks write to the streams of the residual.
     pub mix: B::Tensor,
+    /// Sum of experts and shared block, where they are normed apart.
+    pub apart: B::Tensor,
     pub act: B::Tensor,
     /// Expert outputs of a decode step.
     pub y: B::Tensor,
@@ -91,6 +94,9 @@ struct Widths {
     top_k: usize,
     mix: usize,
     latent: LatentWidths,
+    rope: usize,
+    /// Of the sum of experts and shared block, where they are normed apart.
+    apart: usize,
 }
 
 /// Columns of [`LatentScratch`].
@@ -135,10 +141,11 @@ impl LatentWidths {
 impl Widths {
     fn of(spec: &ModelSpec) -> Self {
         let mut w = Self { mix: spec.hyper.map_or(0, |h| h.streams * (1 + h.streams)), ..Self::default() };
+        w.rope = spec.ropes.iter().map(RopeTable::dims).max().unwrap_or(0);
         let max = |a: &mut usize, b: usize| *a = (*a).max(b);
         for layer in &spec.layers {
             match &layer.mixer {
-                MixerSpec::Attention(a) => {
+                MixerSpec::Attention(AttentionBlock { attention: a, .. }) => {
                     let heads = a.heads * a.head_dim;
                     max(&mut w.q, if a.gate { 2 * heads } else { heads });
                     max(&mut w.kv, a.kv_heads * a.head_dim);
@@ -153,7 +160,8 @@ impl Widths {
             }
             match &layer.ffn {
                 FfnSpec::Moe(m) => {
-                    max(&mut w.inner, m.inner.max(m.shared.unwrap_or(0)));
+                    max(&mut w.inner, m.inner.max(m.shared.map_or(0, |s| s.inner)));
+                    max(&mut w.apart, if m.apart { spec.hidden } else { 0 });
                     max(&mut w.top_k, m.router.top_k);
                 }
                 FfnSpec::Dense { inner, .. } => max(&mut w.inner, *inner),
@@ -174,8 +182,8 @@ impl<B: Backend> Workspace<B> {
         Self {
             h: t(rows, spec.hidden),
             out: t(rows, spec.hidden),
-            rope: t(c, spec.rotary_dims),
-            rope_half: spec.rotary_dims / 2,
+            rope: t(c, w.rope),
+            rope_half: 0,
             attention: AttentionScratch { q: t(c, w.q), k: t(c, w.kv), v: t(c, w.kv), out: t(c, w.heads) },
             gdn: GdnScratch { qkv: t(c, w.channels), z: t(c, w.values), b: t(c, w.v_heads), a: t(c, w.v_heads), out: t(c, w.values) },
             latent: LatentScratch {
@@ -195,6 +203,7 @@ impl<B: Backend> Workspace<B> {
                 grouped: t(c, l.grouped),
             },
             mix: t(rows, w.mix),
+            apart: t(rows, w.apart),
             act: t(rows.max(decode), w.inner),
             y: t(decode, spec.hidden),
             routes: backend.routes(),
@@ -214,9 +223,9 @@ pub fn scratch_bytes(spec: &ModelSpec, chunks: Chunks) -> u64 {
     let c = chunks.mixer;
     let rows = chunks.moe.max(c);
     let decode = DECODE_ROWS.min(rows) * w.top_k;
-    let per_chunk = spec.rotary_dims + w.q + 2 * w.kv + w.heads + w.channels + 2 * w.values + 2 * w.v_heads + w.latent.values();
+    let per_chunk = w.rope + w.q + 2 * w.kv + w.heads + w.channels + 2 * w.values + 2 * w.v_heads + w.latent.values();
     // h, out and the residual; 16 bytes a route for ids, weights and groups.
-    let floats = rows * (spec.hidden * 2 + spec.residual() + w.mix)
+    let floats = rows * (spec.hidden * 2 + spec.residual() + w.mix + w.apart)
         + c * per_chunk
         + rows.max(decode) * w.inner
         + decode * spec.hidden

@@ -76,6 +76,7 @@ pub(crate) fn active_weights(spec: &ModelSpec, parameters: u64) -> u64 {
 pub(crate) fn sequence_bytes(spec: &ModelSpec, kv_position: f64, depth: f64) -> f64 {
     let state = |m: &MixerSpec| match m {
         MixerSpec::Gdn(g) => g.state_bytes(),
+        MixerSpec::Latent(l) => l.attention.state_bytes(),
         MixerSpec::Attention(_) => 0,
     };
     let states: usize = spec.layers.iter().map(|l| state(&l.mixer)).sum();

@@ -6,6 +6,7 @@ mod gguf;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use mach_backend::RouterBias;
 use mach_format::sidecar::{LayerShape, SidecarPlan};
 use mach_format::{
     Checkpoint, Dtype, FormatError, PackedLayout, Planned, RecordLayout, SIDECAR_DIR, SafetensorsWriter, ScaleType, SidecarWriter, TILE_ROWS, WeightFormat,
@@ -121,6 +122,7 @@ pub fn pack(shape: &Shape, bits: u8, cache: &Path, progress: &mut dyn FnMut(u64,
 /// As [`pack`].
 pub fn write(shape: &Shape, bits: u8, dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
     let (arch, spec) = mach_models::spec_of(&shape.config)?;
+    check_mixers(&spec)?;
     let format = WeightFormat::Affine { bits, group: GROUP, scales: ScaleType::F16 };
     let tensors = residents(arch, &spec, shape.config.get("text_config").is_some());
     let planned: Vec<Planned> = tensors.iter().flat_map(|t| t.planned(bits)).collect();
@@ -180,6 +182,14 @@ pub fn write(shape: &Shape, bits: u8, dir: &Path, progress: &mut dyn FnMut(u64, 
     }
     writer.finish(&fingerprint)?;
     fs::rename(&staging, dir).map_err(Error::io(format!("rename {}", staging.display())))
+}
+
+/// Latent attention has tensors that are not made up here.
+fn check_mixers(spec: &ModelSpec) -> Result<(), Error> {
+    if spec.layers.iter().any(|l| matches!(l.mixer, MixerSpec::Latent(_))) {
+        return Err(FormatError::Plan { reason: "synthetic weights of latent attention are not supported".to_owned() }.into());
+    }
+    Ok(())
 }
 
 /// Bytes of the files in a folder that may not exist.
@@ -335,15 +345,36 @@ fn residents(arch: &MoeArchAdapter, spec: &ModelSpec, wrapped: bool) -> Vec<Tens
     let mut all = vec![Tensor { name: format!("{root}embed_tokens"), content: Content::Matrix { rows: spec.vocab, cols: hidden, std: 1.0 } }];
     for (i, layer) in spec.layers.iter().enumerate() {
         let at = |name: &str| format!("{root}layers.{i}.{name}");
-        all.push(norm(at("input_layernorm.weight"), hidden));
-        all.push(norm(at("post_attention_layernorm.weight"), hidden));
+        all.push(norm(at(names.norms[0]) + ".weight", hidden));
+        all.push(norm(at(names.norms[1]) + ".weight", hidden));
+        if spec.post_norms {
+            all.extend(names.post_norms.map(|name| norm(at(name) + ".weight", hidden)));
+        }
+        if spec.layer_scale {
+            all.push(plain(at(names.layer_scale), vec![1], 1.0, 0.02));
+        }
         match &layer.mixer {
-            MixerSpec::Attention(a) => {
+            MixerSpec::Attention(block) => {
+                let a = &block.attention;
                 let [q, k, v, o, q_norm, k_norm] = names.attention.map(at);
                 let (heads, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-                all.extend([matrix(q, if a.gate { 2 * heads } else { heads }, hidden), matrix(k, kv, hidden), matrix(v, kv, hidden), matrix(o, hidden, heads)]);
-                all.extend([norm(q_norm + ".weight", a.head_dim), norm(k_norm + ".weight", a.head_dim)]);
+                let q_rows = if a.gate { 2 * heads } else { heads };
+                if block.bias {
+                    all.extend([(&q, q_rows), (&k, kv), (&v, kv), (&o, hidden)].map(|(module, len)| plain(format!("{module}.bias"), vec![len], 0.0, 0.02)));
+                }
+                if block.sinks {
+                    all.push(plain(at(names.sinks), vec![a.heads], 0.0, 1.0));
+                }
+                if block.qk_norm {
+                    all.extend([norm(q_norm + ".weight", a.head_dim), norm(k_norm + ".weight", a.head_dim)]);
+                }
+                all.extend([matrix(q, q_rows, hidden), matrix(k, kv, hidden), matrix(o, hidden, heads)]);
+                if !block.v_from_k {
+                    all.push(matrix(v, kv, hidden));
+                }
             }
+            // Refused before.
+            MixerSpec::Latent(_) => {}
             MixerSpec::Gdn(g) => {
                 let [qkv, z, b, a, o] = names.gdn.map(at);
                 let [conv, a_log, dt_bias, gated_norm] = names.gdn_small.map(at);
@@ -358,10 +389,25 @@ fn residents(arch: &MoeArchAdapter, spec: &ModelSpec, wrapped: bool) -> Vec<Tens
         match &layer.ffn {
             FfnSpec::Moe(m) => {
                 all.push(small(at(names.router), m.router.experts));
-                if let Some(inner) = m.shared {
+                if m.router.bias != RouterBias::None {
+                    all.push(plain(at(names.router) + ".bias", vec![m.router.experts], 0.0, 0.02));
+                }
+                if m.expert_scale {
+                    all.push(plain(at(names.expert_scale), vec![m.router.experts], 1.0, 0.02));
+                }
+                if m.expert_bias {
+                    let sizes = [m.inner, m.inner, hidden];
+                    all.extend(names.switch.iter().zip(sizes).map(|(n, len)| plain(at(n) + ".bias", vec![m.router.experts, len], 0.0, 0.02)));
+                }
+                if m.apart {
+                    all.extend(names.apart.map(|name| norm(at(name), hidden)));
+                }
+                if let Some(shared) = m.shared {
                     let [gate, up, down, scalar] = names.shared.map(at);
-                    block(&mut all, [gate, up, down], inner);
-                    all.push(small(scalar, 1));
+                    block(&mut all, [gate, up, down], shared.inner);
+                    if shared.gated {
+                        all.push(small(scalar, 1));
+                    }
                 }
             }
             FfnSpec::Dense { inner, .. } => block(&mut all, names.dense.map(at), *inner),

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use mach_format::sidecar::verify;
 use mach_format::{
-    Checkpoint, ExpertSource, LayerPlan, PackPlan, SIDECAR_DIR, ScaleType, Sidecar, WeightFormat, fingerprint, pack_gate_up, write_pack, write_sidecar,
+    Checkpoint, ExpertSource, LayerPlan, PackPlan, RowPick, SIDECAR_DIR, ScaleType, Sidecar, WeightFormat, fingerprint, pack_gate_up, write_pack, write_sidecar,
 };
 use serde_json::json;
 use tempfile::tempdir;
@@ -42,8 +42,8 @@ fn plan(ck: &Checkpoint, format: Option<WeightFormat>) -> PackPlan {
         model_type: "m".to_owned(),
         experts: vec![LayerPlan {
             layer: 0,
-            gate: ExpertSource::StackedRows(gate_up.clone(), 0..INNER),
-            up: ExpertSource::StackedRows(gate_up, INNER..2 * INNER),
+            gate: ExpertSource::StackedRows(gate_up.clone(), RowPick { first: 0, step: 1, rows: INNER }),
+            up: ExpertSource::StackedRows(gate_up, RowPick { first: INNER, step: 1, rows: INNER }),
             down: ExpertSource::Stacked(down),
         }],
         expert_format: format,

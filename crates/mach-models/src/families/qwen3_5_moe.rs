@@ -1,7 +1,7 @@
 //! Qwen3.5-MoE and Qwen3.6-MoE: gated delta nets with a gated attention layer every fourth, experts and a gated
 //! shared expert in every layer.
 
-use mach_backend::{Activation, AttentionSpec, GdnSpec, RouterSpec};
+use mach_backend::{AttentionSpec, GdnSpec, RouterSpec};
 use serde_json::{Map, Value, json};
 
 use super::qwen3_moe::{GGUF_LAYER, GGUF_MODEL, check_heads, check_router, qwen_config};
@@ -9,7 +9,7 @@ use crate::ModelError;
 use crate::config::{Fields, rope};
 use crate::gguf::{GgufArch, GgufNames, Meta, gguf_weights};
 use crate::registry::MoeArchAdapter;
-use crate::spec::{FfnSpec, LayerSpec, MixerSpec, ModelSpec, MoeSpec};
+use crate::spec::{AttentionBlock, FfnSpec, LayerSpec, MixerSpec, ModelSpec, MoeSpec, RopeTable, SharedSpec};
 use crate::tensors::QWEN;
 
 /// The family.
@@ -103,12 +103,9 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         c.only(key, &allowed)?;
     }
     let rope = rope(c, 10_000.0, 0.25)?;
-    let moe = MoeSpec {
-        router: RouterSpec::softmax(c.size("num_experts")?, c.size_or("num_experts_per_tok", 8)?, true),
-        inner: c.size_or("moe_intermediate_size", 512)?,
-        activation: Activation::SwiGlu,
-        shared: Some(c.size_or("shared_expert_intermediate_size", 512)?),
-    };
+    let router = RouterSpec::softmax(c.size("num_experts")?, c.size_or("num_experts_per_tok", 8)?, true);
+    let shared = SharedSpec { inner: c.size_or("shared_expert_intermediate_size", 512)?, gated: true };
+    let moe = MoeSpec { shared: Some(shared), ..MoeSpec::new(router, c.size_or("moe_intermediate_size", 512)?) };
     check_router(c, &moe)?;
 
     let n = c.size_or("num_hidden_layers", 40)?;
@@ -118,19 +115,22 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         Some(types) => types
             .iter()
             .map(|t| match t.as_str() {
-                Some("full_attention") => Ok(MixerSpec::Attention(attention)),
+                Some("full_attention") => Ok(MixerSpec::Attention(AttentionBlock::new(attention))),
                 Some("linear_attention") => Ok(MixerSpec::Gdn(gdn)),
                 _ => Err(c.wrong("layer_types", format!("has {t}, not linear_attention or full_attention"))),
             })
             .collect::<Result<_, _>>()?,
-        None => (0..n).map(|i| if (i + 1) % interval == 0 { MixerSpec::Attention(attention) } else { MixerSpec::Gdn(gdn) }).collect(),
+        None => (0..n).map(|i| if (i + 1) % interval == 0 { MixerSpec::Attention(AttentionBlock::new(attention)) } else { MixerSpec::Gdn(gdn) }).collect(),
     };
     let spec = ModelSpec {
         hidden: c.size("hidden_size")?,
         vocab: c.size("vocab_size")?,
         eps,
-        rope,
-        rotary_dims: (head_dim as f64 * rope.partial) as usize / 2 * 2,
+        embed_scale: 1.0,
+        logit_cap: None,
+        post_norms: false,
+        layer_scale: false,
+        ropes: vec![RopeTable::plain(rope.theta, (head_dim as f64 * rope.partial) as usize / 2 * 2)],
         max_positions: c.size_or("max_position_embeddings", 32_768)?,
         tied: c.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
         hyper: None,

@@ -7,7 +7,7 @@ use crate::ModelError;
 use crate::config::{Fields, rope};
 use crate::gguf::{GgufArch, GgufNames, Meta};
 use crate::registry::MoeArchAdapter;
-use crate::spec::{FfnSpec, LayerSpec, MixerSpec, ModelSpec, MoeSpec};
+use crate::spec::{AttentionBlock, FfnSpec, LayerSpec, MixerSpec, ModelSpec, MoeSpec, RopeTable};
 use crate::tensors::QWEN;
 
 /// The family.
@@ -124,19 +124,15 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         (Some(a), Some(b)) if a != b => return Err(c.wrong("num_experts", format!("is {a}, but num_local_experts is {b}"))),
         (a, b) => a.or(b).unwrap_or(128),
     };
-    let moe = MoeSpec {
-        router: RouterSpec::softmax(experts, c.size_or("num_experts_per_tok", 8)?, c.flag_or("norm_topk_prob", false)?),
-        inner: c.size_or("moe_intermediate_size", 768)?,
-        activation: Activation::SwiGlu,
-        shared: None,
-    };
+    let router = RouterSpec::softmax(experts, c.size_or("num_experts_per_tok", 8)?, c.flag_or("norm_topk_prob", false)?);
+    let moe = MoeSpec::new(router, c.size_or("moe_intermediate_size", 768)?);
     check_router(c, &moe)?;
     let step = c.size_or("decoder_sparse_step", 1)?.max(1);
     let dense = FfnSpec::Dense { inner: c.size_or("intermediate_size", 6144)?, activation: Activation::SwiGlu };
     let mlp_only: Vec<u64> = c.list_opt("mlp_only_layers")?.into_iter().flatten().filter_map(Value::as_u64).collect();
     let layers = (0..c.size_or("num_hidden_layers", 24)?)
         .map(|i| LayerSpec {
-            mixer: MixerSpec::Attention(attention),
+            mixer: MixerSpec::Attention(AttentionBlock::new(attention)),
             ffn: if experts > 0 && !mlp_only.contains(&(i as u64)) && (i + 1) % step == 0 { FfnSpec::Moe(moe) } else { dense.clone() },
         })
         .collect();
@@ -144,8 +140,11 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         hidden,
         vocab: c.size("vocab_size")?,
         eps: c.number_opt("rms_norm_eps")?.unwrap_or(1e-6) as f32,
-        rope,
-        rotary_dims: (head_dim as f64 * rope.partial) as usize / 2 * 2,
+        embed_scale: 1.0,
+        logit_cap: None,
+        post_norms: false,
+        layer_scale: false,
+        ropes: vec![RopeTable::plain(rope.theta, (head_dim as f64 * rope.partial) as usize / 2 * 2)],
         max_positions: c.size_or("max_position_embeddings", 32_768)?,
         tied: c.flag_or("tie_word_embeddings", false)?,
         hyper: None,

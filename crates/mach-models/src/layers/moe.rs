@@ -2,23 +2,48 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use mach_backend::{Backend, ExpertJob, ExpertLayout, Experts, Part, RouterWeights};
+use mach_backend::{Backend, ExpertBias, ExpertJob, ExpertLayout, Experts, Part, RouterWeights};
 use mach_experts::{ExpertStore, SWEEP_ROWS};
 
-use super::{FeedForward, weight_f32};
+use super::{FeedForward, vector, weight_f32};
 use crate::ModelError;
+use crate::block_tensors::{GateUpBias, MoeTensors};
 use crate::spec::MoeSpec;
-use crate::tensors::MoeTensors;
+use crate::tensors::{NormForm, Resolved};
 use crate::workspace::{DECODE_ROWS, Workspace};
 
-/// Router and shared expert of one layer; routed experts live in the store.
+/// What of a layer's MoE part is always in memory; routed experts live in the store.
 pub struct Moe<B: Backend> {
     spec: MoeSpec,
     router: B::Weight,
+    router_bias: Option<B::Tensor>,
+    expert_scale: Option<B::Tensor>,
+    /// Of gate, up and down.
+    expert_bias: Option<[B::Tensor; 3]>,
+    apart: Option<Apart<B>>,
     shared: Option<FeedForward<B>>,
     /// Index among the MoE layers.
     index: usize,
     pub(crate) forced: Option<ForcedRoutes>,
+}
+
+/// Norms of a MoE part whose branches stand apart.
+struct Apart<B: Backend> {
+    /// Of the router's input.
+    router: B::Tensor,
+    /// Of the experts' input.
+    input: B::Tensor,
+    /// Of what the experts give.
+    routed: B::Tensor,
+    /// Of what the shared block gives.
+    shared: B::Tensor,
+}
+
+/// The residual that a MoE part reads.
+pub(crate) struct Residual<'a, B: Backend> {
+    pub x: &'a B::Tensor,
+    pub hidden: usize,
+    pub eps: f32,
 }
 
 /// Replaces the choices of a MoE layer's router, the weights stay: gets the layer's index and the ids `[rows, k]`, which it
@@ -33,23 +58,69 @@ pub struct RouteLog {
 }
 
 impl<B: Backend> Moe<B> {
-    pub(crate) fn load(backend: &B, t: &MoeTensors, spec: MoeSpec, index: usize) -> Result<Self, ModelError> {
+    pub(crate) fn load(backend: &B, files: &Resolved, t: &MoeTensors, spec: MoeSpec, index: usize) -> Result<Self, ModelError> {
         let shared = t.shared.as_ref().map(|s| FeedForward::load(backend, &s.gate, &s.up, &s.down, s.scalar.as_ref(), spec.activation)).transpose()?;
-        Ok(Self { spec, router: weight_f32(backend, &t.router)?, shared, index, forced: None })
+        let plain = |name: &String| files.norm(name, NormForm::Plain).map(|w| vector(backend, &w));
+        let apart = match &t.apart {
+            Some([router, input, routed, shared]) => {
+                let mut scale = files.norm(router, NormForm::Plain)?;
+                let factor = (files.spec.hidden as f32).powf(-0.5);
+                scale.iter_mut().for_each(|w| *w *= factor);
+                Some(Apart { router: vector(backend, &scale), input: plain(input)?, routed: plain(routed)?, shared: plain(shared)? })
+            }
+            None => None,
+        };
+        let expert_bias = match &t.expert_bias {
+            Some(names) => {
+                let rows = |values: &[f32]| {
+                    let mut t = backend.tensor(spec.router.experts, values.len() / spec.router.experts);
+                    backend.upload(&mut t, 0, values);
+                    t
+                };
+                let [gate, up] = match &names.gate_up {
+                    GateUpBias::Apart(both) => [files.ck.read_f32(&both[0])?, files.ck.read_f32(&both[1])?],
+                    GateUpBias::Interleaved(name) => {
+                        let both = files.ck.read_f32(name)?;
+                        [0, 1].map(|first| both.iter().skip(first).step_by(2).copied().collect::<Vec<f32>>())
+                    }
+                };
+                Some([rows(&gate), rows(&up), rows(&files.ck.read_f32(&names.down)?)])
+            }
+            None => None,
+        };
+        Ok(Self {
+            spec,
+            router: weight_f32(backend, &t.router)?,
+            router_bias: t.router_bias.as_ref().map(plain).transpose()?,
+            expert_scale: t.expert_scale.as_ref().map(plain).transpose()?,
+            expert_bias,
+            apart,
+            shared,
+            index,
+            forced: None,
+        })
     }
 
-    /// `ws.h` rows → `ws.out` rows.
+    /// `ws.h` rows (of the residual by the layer's norm) → `ws.out` rows.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn forward(
         &self,
         backend: &B,
         ws: &mut Workspace<B>,
         rows: usize,
+        residual: &Residual<'_, B>,
         store: &mut ExpertStore<B::Memory>,
         next: Option<Next<'_, B>>,
         log: Option<&mut RouteLog>,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<(), ModelError> {
+        if let (Some(apart), Some(shared)) = (&self.apart, &self.shared) {
+            backend.zero(&mut ws.out, rows);
+            shared.add(backend, &ws.h, rows, &mut ws.act, &mut ws.out);
+            backend.reshape(&mut ws.apart, rows, residual.hidden);
+            backend.rms_norm(&ws.out, 0, rows, &apart.shared, residual.eps, &mut ws.apart);
+            backend.rms_norm(residual.x, 0, rows, &apart.router, residual.eps, &mut ws.h);
+        }
         backend.route(&self.spec.router, &self.router_weights(), &ws.h, rows, None, &mut ws.routes);
         backend.read_routes(&ws.routes, &mut ws.ids, &mut ws.weights);
         if let Some(routes) = &self.forced {
@@ -59,6 +130,9 @@ impl<B: Backend> Moe<B> {
             log.layers.resize_with(log.layers.len().max(self.index + 1), Default::default);
             log.layers[self.index].0.extend_from_slice(&ws.ids);
             log.layers[self.index].1.extend_from_slice(&ws.weights);
+        }
+        if let Some(apart) = &self.apart {
+            backend.rms_norm(residual.x, 0, rows, &apart.input, residual.eps, &mut ws.h);
         }
         let record = store.layout(self.index);
         let step = Step {
@@ -73,14 +147,25 @@ impl<B: Backend> Moe<B> {
         } else {
             self.prefill(&step, ws, store)?
         }
-        if let Some(shared) = &self.shared {
-            shared.add(backend, &ws.h, rows, &mut ws.act, &mut ws.out);
+        match (&self.apart, &self.shared) {
+            (Some(apart), _) => {
+                backend.rms_norm(&ws.out, 0, rows, &apart.routed, residual.eps, &mut ws.h);
+                backend.add(&mut ws.apart, 0, rows, &ws.h);
+                std::mem::swap(&mut ws.apart, &mut ws.out);
+            }
+            (None, Some(shared)) => shared.add(backend, &ws.h, rows, &mut ws.act, &mut ws.out),
+            (None, None) => {}
         }
         Ok(())
     }
 
     fn router_weights(&self) -> RouterWeights<'_, B::Tensor, B::Weight> {
-        RouterWeights { project: &self.router, bias: None, expert_scale: None }
+        RouterWeights { project: &self.router, bias: self.router_bias.as_ref(), expert_scale: self.expert_scale.as_ref() }
+    }
+
+    fn operand<'a>(&'a self, layout: &'a ExpertLayout, memory: &'a B::Memory) -> Experts<'a, B::Memory, B::Tensor> {
+        let bias = self.expert_bias.as_ref().map(|[gate, up, down]| ExpertBias { gate, up, down });
+        Experts { layout, memory, bias }
     }
 
     /// Few rows: hits first, misses as they arrive, outputs buffered so that the order of arrival does not matter.
@@ -89,7 +174,7 @@ impl<B: Backend> Moe<B> {
         let k = self.spec.router.top_k;
         backend.reshape(&mut ws.act, rows * k, self.spec.inner);
         let memory = store.memory().clone();
-        let operand = Experts { layout, memory: &*memory, bias: None };
+        let operand = self.operand(layout, &memory);
         let mut lease = store.step(self.index, &groups.experts);
         if let Some(next) = next.filter(|n| n.moe.forced.is_none() && lease.wants_guess()) {
             next.route(backend, ws, *rows);
@@ -123,7 +208,7 @@ impl<B: Backend> Moe<B> {
         backend.zero(&mut ws.out, *rows);
         backend.reshape(&mut ws.act, *rows, self.spec.inner);
         let memory = store.memory().clone();
-        let operand = Experts { layout, memory: &*memory, bias: None };
+        let operand = self.operand(layout, &memory);
         let local: Vec<u32> = (0..*rows as u32).collect();
         let mut lease = if *rows >= SWEEP_ROWS { store.sweep(self.index, &groups.experts) } else { store.stream(self.index, &groups.experts) };
         while let Some(batch) = lease.next(cancelled)? {
@@ -151,7 +236,8 @@ pub(crate) struct Next<'a, B: Backend> {
 impl<B: Backend> Next<'_, B> {
     /// Ids → `ws.guess`; `ws.out` and `ws.routes` are scratch for it.
     fn route(&self, backend: &B, ws: &mut Workspace<B>, rows: usize) {
-        backend.rms_norm(self.x, 0, rows, self.norm, self.eps, &mut ws.out);
+        let norm = self.moe.apart.as_ref().map_or(self.norm, |apart| &apart.router);
+        backend.rms_norm(self.x, 0, rows, norm, self.eps, &mut ws.out);
         backend.route(&self.moe.spec.router, &self.moe.router_weights(), &ws.out, rows, None, &mut ws.routes);
         backend.read_routes(&ws.routes, &mut ws.guess, &mut ws.guess_weights);
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mach_format::gguf::{GgufTensor, GgufWriter, MetaList, MetaValue, Metadata};
 use mach_format::{BlockFormat, FormatError, WeightFormat};
-use mach_models::spec::{FfnSpec, MixerSpec, ModelSpec};
+use mach_models::spec::{AttentionBlock, FfnSpec, MixerSpec, ModelSpec};
 use mach_models::{MoeArchAdapter, spec_of};
 
 use super::{Content, Draw, PIECE, Shape, fill_random, letter, residents, unit_gain};
@@ -48,6 +48,7 @@ enum Fill {
 
 fn write(shape: &Shape, path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
     let (arch, spec) = spec_of(&shape.config)?;
+    super::check_mixers(&spec)?;
     let tensors = tensors(arch, &spec)?;
     let plan: Vec<GgufTensor> = tensors.iter().map(|t| t.tensor.clone()).collect();
     let total = plan.iter().map(GgufTensor::bytes).sum::<Result<u64, _>>()?;
@@ -181,17 +182,19 @@ fn metadata(name: &str, arch: &MoeArchAdapter, spec: &ModelSpec) -> Metadata {
     set("context_length", size(spec.max_positions));
     set("embedding_length", size(spec.hidden));
     set("attention.layer_norm_rms_epsilon", MetaValue::F32(spec.eps));
-    set("rope.freq_base", MetaValue::F32(spec.rope.theta as f32));
-    set("rope.dimension_count", size(spec.rotary_dims));
+    set("rope.freq_base", MetaValue::F32(spec.ropes[0].theta as f32));
+    set("rope.dimension_count", size(spec.ropes[0].dims()));
     let recurrent: Vec<bool> = spec.layers.iter().map(|l| matches!(l.mixer, MixerSpec::Gdn(_))).collect();
     for layer in &spec.layers {
         match &layer.mixer {
-            MixerSpec::Attention(a) => {
+            MixerSpec::Attention(AttentionBlock { attention: a, .. }) => {
                 set("attention.head_count", size(a.heads));
                 set("attention.head_count_kv", size(a.kv_heads));
                 set("attention.key_length", size(a.head_dim));
                 set("attention.value_length", size(a.head_dim));
             }
+            // Refused before.
+            MixerSpec::Latent(_) => {}
             MixerSpec::Gdn(g) => {
                 set("ssm.conv_kernel", size(g.kernel));
                 set("ssm.state_size", size(g.k_dim));
@@ -206,14 +209,14 @@ fn metadata(name: &str, arch: &MoeArchAdapter, spec: &ModelSpec) -> Metadata {
             set("expert_feed_forward_length", size(moe.inner));
             set("feed_forward_length", size(moe.inner));
             if let Some(shared) = moe.shared {
-                set("expert_shared_feed_forward_length", size(shared));
+                set("expert_shared_feed_forward_length", size(shared.inner));
             }
         }
     }
     if recurrent.contains(&true) {
         set("attention.recurrent_layers", MetaValue::List(MetaList::Bool(recurrent)));
         // Pairs of channels that turn with time, height and width.
-        let (half, third) = (spec.rotary_dims / 2, spec.rotary_dims.div_ceil(6));
+        let (half, third) = (spec.ropes[0].dims() / 2, spec.ropes[0].dims().div_ceil(6));
         set("rope.dimension_sections", MetaValue::List(MetaList::Int([third, third, half - 2 * third, 0].map(|n| n as i64).to_vec())));
     }
     tokenizer(&mut m, if arch.one_plus_norm { "qwen35" } else { "qwen2" }, spec.vocab);
