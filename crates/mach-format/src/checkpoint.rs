@@ -247,6 +247,27 @@ impl Checkpoint {
         ty.widen(&bytes, &mut out);
         Ok(out)
     }
+
+    /// An I32 or I64 tensor of any shape whose values are numbers of things.
+    ///
+    /// # Errors
+    /// A missing tensor, another element type, a value outside 32 bits or below zero, a read error.
+    pub fn read_ids(&self, name: &str) -> Result<Vec<u32>, FormatError> {
+        let dtype = self.require(name)?.dtype;
+        let width = match dtype {
+            ElementType::Plain(Dtype::I32) => 4,
+            ElementType::Plain(Dtype::I64) => 8,
+            other => return Err(FormatError::Dtype { tensor: name.to_owned(), expected: "I32 or I64", got: format!("{other:?}") }),
+        };
+        let bytes = self.read_bytes(name)?;
+        let id = |b: &[u8]| {
+            let mut wide = [0; 8];
+            wide[..width].copy_from_slice(b);
+            let n = if width == 4 { i64::from(u64::from_le_bytes(wide) as u32 as i32) } else { i64::from_le_bytes(wide) };
+            u32::try_from(n).map_err(|_| FormatError::Dtype { tensor: name.to_owned(), expected: "ids", got: n.to_string() })
+        };
+        bytes.chunks_exact(width).map(id).collect()
+    }
 }
 
 /// Element types that are widened to f32 exactly.

@@ -142,12 +142,29 @@ impl Meta<'_> {
         Ok(self.size_opt(key)?.unwrap_or(default))
     }
 
-    /// A number with a default.
+    /// Whole numbers, one a layer.
+    ///
+    /// # Errors
+    /// A missing key, a value of another type, numbers below zero.
+    pub fn sizes(&self, key: &str) -> Result<Vec<usize>, ModelError> {
+        let not = || self.wrong(key, "is not a list of sizes");
+        let Some(MetaList::Int(all)) = self.metadata.list(&self.key(key))? else { return Err(not()) };
+        all.iter().map(|&n| usize::try_from(n).map_err(|_| not())).collect()
+    }
+
+    /// A number with a default. A list has one value a layer; only equal ones are known.
     ///
     /// # Errors
     /// A value of another type.
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64, ModelError> {
-        Ok(self.metadata.number(&self.key(key))?.unwrap_or(default))
+        let full = self.key(key);
+        match self.metadata.get(&full) {
+            Some(MetaValue::List(MetaList::Float(all))) => match all.first() {
+                Some(&first) if all.iter().all(|&x| x == first) => Ok(first),
+                _ => Err(self.wrong(key, "differs from layer to layer, which is not supported")),
+            },
+            _ => Ok(self.metadata.number(&full)?.unwrap_or(default)),
+        }
     }
 
     /// Text, if present.

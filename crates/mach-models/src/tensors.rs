@@ -348,19 +348,19 @@ impl Resolved {
             path: self.ck.path().display().to_string(),
             reason: "this is a pack; build from the checkpoint that it was made of".to_owned(),
         })?;
-        let mut kept_modules = HashSet::new();
         let mut quantise = Vec::new();
+        let mut covered: HashSet<String> = experts.iter().flat_map(|l| [&l.gate, &l.up, &l.down]).flat_map(expert_tensors).collect();
         let mut add = |m: &Matrix, widened: bool| {
-            let module = m.name().trim_end_matches(".weight").to_owned();
-            // Small inputs that the group does not divide stay as they are.
+            // What is widened at load stays as it is.
+            if widened {
+                return;
+            }
+            // Small inputs that the group does not divide stay as they are too.
             let format = if m.name() == embed || m.name() == head { ends } else { format };
             let fits = format.is_none_or(|f| m.quantised_layout(f).is_ok());
-            if !widened && fits && !m.format().is_quantised() {
-                quantise.push((module.clone(), format));
-            } else if !widened {
-                quantise.push((module.clone(), None));
-            }
-            kept_modules.insert(module);
+            let module = m.name().trim_end_matches(".weight").to_owned();
+            quantise.push((module, format.filter(|_| fits && !m.format().is_quantised())));
+            covered.extend(m.tensors().iter().cloned());
         };
         for (m, widened) in self.resident() {
             add(m, widened);
@@ -368,28 +368,17 @@ impl Resolved {
         if !self.spec.tied {
             add(&self.embed, false);
         }
-        let in_quantise: HashSet<&str> = quantise.iter().map(|(m, _)| m.as_str()).collect();
-        let of_expert: HashSet<String> = experts.iter().flat_map(|l| [&l.gate, &l.up, &l.down].map(expert_names)).flatten().collect();
-        let keep = self.ck.tensors().map(|(name, _)| name).filter(|name| {
-            let module = module_of(name);
-            !in_quantise.contains(module) && !of_expert.contains(module) && !self.unused.iter().any(|u| u == name)
-        });
+        let keep = self.ck.tensors().map(|(name, _)| name).filter(|name| !covered.contains(*name) && !self.unused.iter().any(|u| u == name));
         let keep = keep.map(str::to_owned).collect();
         Ok(PackPlan { model_type: self.arch.model_type.to_owned(), experts, expert_format: format, quantise, keep })
     }
 }
 
-fn expert_names(source: &ExpertSource) -> Vec<String> {
-    let name = |m: &Matrix| m.name().trim_end_matches(".weight").to_owned();
+fn expert_tensors(source: &ExpertSource) -> Vec<String> {
     match source {
-        ExpertSource::Stacked(m) | ExpertSource::StackedRows(m, _) => vec![name(m)],
-        ExpertSource::Each(all) => all.iter().map(name).collect(),
+        ExpertSource::Stacked(m) | ExpertSource::StackedRows(m, _) => m.tensors().to_vec(),
+        ExpertSource::Each(all) => all.iter().flat_map(|m| m.tensors().to_vec()).collect(),
     }
-}
-
-/// The module that a tensor belongs to.
-fn module_of(tensor: &str) -> &str {
-    [".weight", ".scales", ".biases"].iter().find_map(|s| tensor.strip_suffix(s)).unwrap_or(tensor)
 }
 
 /// MLX and GGUF files store `1 + w`; the shape of the conv (or the stacked experts, where there is none) tells MLX's apart.
