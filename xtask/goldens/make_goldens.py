@@ -18,12 +18,14 @@ import math
 import os
 import pathlib
 import shutil
+import tempfile
 
 os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", USE_HUB_KERNELS="0")
 
 import torch
 from safetensors.torch import save_file
 
+import deepseek_v4
 import reference
 from templates import template_cases
 
@@ -196,6 +198,37 @@ SHAPES = {
         torch.float16,
         None,
     ),
+    "deepseek_v4-base": (deepseek_v4.CONFIG, {}, 140, "each", torch.bfloat16, None),
+    "deepseek_v4-fp8fp4": (
+        deepseek_v4.CONFIG,
+        {
+            "expert_dtype": "fp4",
+            "head_dim": 64,
+            "hidden_size": 128,
+            "hc_mult": 2,
+            "index_head_dim": 32,
+            "index_n_heads": 2,
+            # Everything is chosen: rounded activations would flip near ties.
+            "index_topk": 64,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 4,
+            "o_lora_rank": 32,
+            # More than one block of scales.
+            "q_lora_rank": 160,
+            "qk_rope_head_dim": 16,
+            "quantization_config": {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "scale_fmt": "ue8m0",
+                "weight_block_size": [128, 128],
+            },
+        },
+        140,
+        "each",
+        torch.bfloat16,
+        None,
+    ),
     "qwen3-mlx8": (QWEN3, {"num_hidden_layers": 2}, 40, "stacked", torch.bfloat16, (8, 32)),
 }
 
@@ -342,8 +375,20 @@ def build(name, seed, folder):
     zero_centred = config["model_type"] == "qwen3_5_moe"
     tied = config["tie_word_embeddings"]
     names = {n: t.shape for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
-    state = {n: draw(seed, n, shape, zero_centred, tied) for n, shape in names.items()}
-    if mlx:
+    deepseek = config["model_type"] == "deepseek_v4"
+    own = lambda n, shape: deepseek_v4.draw(n, shape, generator(seed, n), config) if deepseek else None
+    state = {n: own(n, shape) for n, shape in names.items()}
+    state = {n: draw(seed, n, names[n], zero_centred, tied) if value is None else value for n, value in state.items()}
+    if deepseek:
+        tensors = deepseek_v4.on_disk(state, config)
+        tensors["mtp.0.norm.weight"] = torch.ones(8)
+        write_checkpoint(folder, config, tensors)
+        # transformers reads the values without their scales.
+        with tempfile.TemporaryDirectory() as plain:
+            fields = {k: v for k, v in config.items() if k not in ("expert_dtype", "quantization_config")}
+            write_checkpoint(pathlib.Path(plain) / "model", fields, deepseek_v4.widen(tensors))
+            model = reference.load(pathlib.Path(plain) / "model")
+    elif mlx:
         tensors, quantization, effective = to_mlx(state, config, *mlx)
         write_checkpoint(folder, config | {"quantization": quantization, "quantization_config": quantization}, tensors)
         model.load_state_dict(effective)

@@ -7,12 +7,12 @@ import pathlib
 import re
 
 import torch
-from transformers import AutoConfig, DynamicCache, Qwen3_5MoeForConditionalGeneration, Qwen3MoeForCausalLM
+from transformers import AutoConfig, DeepseekV4ForCausalLM, DynamicCache, Qwen3_5MoeForConditionalGeneration, Qwen3MoeForCausalLM
 
 logging.disable(logging.WARNING)
 torch.use_deterministic_algorithms(True, warn_only=True)
 
-CLASSES = {"qwen3_5_moe": Qwen3_5MoeForConditionalGeneration, "qwen3_moe": Qwen3MoeForCausalLM}
+CLASSES = {"deepseek_v4": DeepseekV4ForCausalLM, "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration, "qwen3_moe": Qwen3MoeForCausalLM}
 
 
 def empty(config):
@@ -62,18 +62,36 @@ def run(model, ids, chunk=None):
     records = {}
 
     def record(layer):
-        def hook(_module, _args, out):
+        def hook(module, _args, out):
             scores, weights, chosen = out
             k = chosen.shape[-1]
+            if hasattr(module, "e_score_correction_bias"):
+                scores = module.score_fn(scores) + module.e_score_correction_bias
             top = scores.float().topk(min(k + 1, scores.shape[-1])).values
-            gap = (top[:, k - 1] - top[:, k]).min().item() if top.shape[-1] > k else 1.0
+            # Experts that a table gives cannot be others.
+            choice = top.shape[-1] > k and not hasattr(module, "tid2eid")
+            gap = (top[:, k - 1] - top[:, k]).min().item() if choice else 1.0
             order = weights.argsort(dim=-1, descending=True, stable=True)
             records.setdefault(layer, []).append((chosen.gather(-1, order), weights.float().gather(-1, order), gap))
 
         return hook
 
-    routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    routers = [m for m in model.modules() if type(m).__name__.endswith(("TopKRouter", "HashRouter"))]
     hooks = [m.register_forward_hook(record(i)) for i, m in enumerate(routers)]
+    index_gaps = []
+
+    def record_index(rate, top_k):
+        def hook(_module, _args, scores):
+            # Only entries whose last token is there may be chosen; a cached call is part of a whole one.
+            for row, s in enumerate(scores[0] if scores.shape[1] > 1 else []):
+                top = s[: (row + 1) // rate].float().topk(min(top_k + 1, (row + 1) // rate)).values
+                if len(top) > top_k:
+                    index_gaps.append((top[top_k - 1] - top[top_k]).item())
+
+        return hook
+
+    indexers = [m for m in model.modules() if type(m).__name__ == "DeepseekV4Indexer"]
+    hooks += [m.scorer.register_forward_hook(record_index(m.compress_rate, m.index_topk)) for m in indexers]
     try:
         cache = DynamicCache(config=model.config) if chunk else None
         pieces = ids.split(chunk) if chunk else [ids]
@@ -87,7 +105,7 @@ def run(model, ids, chunk=None):
         logits=torch.cat(logits),
         router_ids=torch.stack([torch.cat([c for c, _, _ in layer]) for layer in layers]),
         router_weights=torch.stack([torch.cat([w for _, w, _ in layer]) for layer in layers]),
-        route_gap=min(gap for layer in layers for _, _, gap in layer),
+        route_gap=min([gap for layer in layers for _, _, gap in layer] + index_gaps),
     )
 
 

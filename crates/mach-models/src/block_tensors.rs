@@ -39,6 +39,8 @@ pub struct FeedForwardTensors {
 pub struct MoeTensors {
     pub(crate) router: Matrix,
     pub(crate) router_bias: Option<String>,
+    /// Table `[vocabulary, experts per token]`.
+    pub(crate) token_experts: Option<String>,
     pub(crate) expert_scale: Option<String>,
     pub(crate) expert_bias: Option<ExpertBiasTensors>,
     /// See [`WeightNames::apart`].
@@ -115,7 +117,24 @@ impl Resolver<'_> {
         })
     }
 
-    pub(crate) fn moe(&mut self, names: &WeightNames, at: &dyn Fn(&str) -> String, hidden: usize, m: &MoeSpec, layer: usize) -> Result<MoeTensors, ModelError> {
+    /// A table of `len` ids.
+    fn ids(&mut self, name: String, len: usize) -> Result<String, ModelError> {
+        let info = self.ck.require(&name)?;
+        if info.shape.iter().product::<usize>() != len {
+            return Err(ModelError::Shape { name, expected: format!("{len} ids"), got: format!("{:?} of {:?}", info.shape, info.dtype) });
+        }
+        self.used.insert(name.clone());
+        Ok(name)
+    }
+
+    pub(crate) fn moe(
+        &mut self,
+        names: &WeightNames,
+        at: &dyn Fn(&str) -> String,
+        [hidden, vocab]: [usize; 2],
+        m: &MoeSpec,
+        layer: usize,
+    ) -> Result<MoeTensors, ModelError> {
         let experts = m.router.experts;
         let router = self.matrix(&at(names.router), experts, hidden)?;
         // Where ids come from a table there is no bias to choose by.
@@ -134,6 +153,7 @@ impl Resolver<'_> {
         Ok(MoeTensors {
             router,
             router_bias: if wants_bias { Some(self.vector(bias, experts)?) } else { None },
+            token_experts: if m.by_token { Some(self.ids(at(names.router) + ".tid2eid", vocab * m.router.top_k)?) } else { None },
             expert_scale: if m.expert_scale { Some(self.vector(at(names.expert_scale), experts)?) } else { None },
             expert_bias: if m.expert_bias { Some(self.expert_bias(names, at, hidden, m)?) } else { None },
             apart,

@@ -502,13 +502,17 @@ impl<B: Backend> Model<B> {
         layer.read(b, &self.spec, Part::Ffn, &f.x, 0, total, ws);
         match (&layer.ffn, &mut self.store) {
             (Ffn::Moe(m), Some(store)) => {
+                let given = |moe: &Moe<B>| moe.given(f.rows.iter().map(|r| r.token));
                 let next = match self.layers.get(f.layer + 1) {
-                    // What a router reads of several streams is not known before they are written.
-                    Some(Layer { ffn: Ffn::Moe(moe), post_norm: norm, hyper: None, .. }) => Some(Next { moe, norm, x: &f.x, eps }),
+                    Some(Layer { ffn: Ffn::Moe(moe), post_norm: norm, hyper, .. }) => {
+                        let given = given(moe);
+                        // What a router reads of several streams is not known before they are written.
+                        (hyper.is_none() || given.is_some()).then_some(Next { moe, norm, x: &f.x, eps, given })
+                    }
                     _ => None,
                 };
                 let residual = Residual { x: &f.x, hidden: self.spec.hidden, eps };
-                m.forward(b, ws, total, &residual, store, next, log, cancelled)?;
+                m.forward(b, ws, total, &residual, given(m).as_deref(), store, next, log, cancelled)?;
             }
             (Ffn::Moe(_), None) => return Err(ModelError::NoExperts { path: "the model".to_owned(), reason: "it was loaded without experts".to_owned() }),
             (Ffn::Dense(d), _) => {

@@ -36,6 +36,8 @@ pub struct MoeArchAdapter {
     pub notes: &'static str,
     /// Norm weights are stored as `w` of `1 + w`.
     pub one_plus_norm: bool,
+    /// Experts may be streamed from the checkpoint itself; else a sidecar or pack must be built first.
+    pub streams_checkpoint: bool,
     /// Tensor names.
     pub names: &'static WeightNames,
     /// The family in GGUF files.
@@ -56,7 +58,7 @@ impl MoeArchAdapter {
 }
 
 /// Every family that runs.
-pub static REGISTRY: &[&MoeArchAdapter] = &[&families::qwen3_5_moe::ADAPTER, &families::qwen3_moe::ADAPTER];
+pub static REGISTRY: &[&MoeArchAdapter] = &[&families::qwen3_5_moe::ADAPTER, &families::qwen3_moe::ADAPTER, &families::deepseek_v4::ADAPTER];
 
 /// The family of a config (its own `model_type`, or that of its `text_config`).
 ///

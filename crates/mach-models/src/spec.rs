@@ -165,12 +165,14 @@ pub struct MoeSpec {
     /// Router, experts and shared block each have a norm of the residual; what the experts and the shared block give is
     /// normed apart before it is added.
     pub apart: bool,
+    /// The experts are those of the token, from a table; the router only weighs them.
+    pub by_token: bool,
 }
 
 impl MoeSpec {
     /// SwiGLU experts without a shared one.
     pub const fn new(router: RouterSpec, inner: usize) -> Self {
-        Self { router, inner, activation: Activation::SwiGlu, expert_bias: false, expert_scale: false, shared: None, apart: false }
+        Self { router, inner, activation: Activation::SwiGlu, expert_bias: false, expert_scale: false, shared: None, apart: false, by_token: false }
     }
 }
 

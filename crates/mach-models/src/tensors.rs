@@ -195,7 +195,7 @@ impl Resolved {
                     MixerSpec::Latent(l) => MixerTensors::Latent(Box::new(r.latent(&at, spec.hidden, l)?)),
                 },
                 ffn: match &layer.ffn {
-                    FfnSpec::Moe(m) => FfnTensors::Moe(Box::new(r.moe(names, &at, spec.hidden, m, i)?)),
+                    FfnSpec::Moe(m) => FfnTensors::Moe(Box::new(r.moe(names, &at, [spec.hidden, spec.vocab], m, i)?)),
                     FfnSpec::Dense { inner, .. } => FfnTensors::Dense(Box::new(r.feed_forward(names.dense, None, &at, spec.hidden, *inner)?)),
                 },
                 hyper: match &spec.hyper {
@@ -396,7 +396,7 @@ fn norm_form(ck: &Checkpoint, arch: &MoeArchAdapter, layers: &[LayerTensors]) ->
 
 pub(crate) struct Resolver<'a> {
     pub(crate) ck: &'a Checkpoint,
-    used: HashSet<String>,
+    pub(crate) used: HashSet<String>,
 }
 
 impl Resolver<'_> {

@@ -26,6 +26,7 @@ pub static ADAPTER: MoeArchAdapter = MoeArchAdapter {
     layouts: &["fused", "per-expert", "mlx-switch"],
     notes: "gated delta net and gated attention layers, gated shared expert; vision and mtp tensors are recognised and not used",
     one_plus_norm: true,
+    streams_checkpoint: true,
     names: &QWEN,
     gguf: &GgufArch { name: "qwen35moe", names: &GGUF_NAMES, config: config_of },
     parse,

@@ -24,6 +24,7 @@ pub static ADAPTER: MoeArchAdapter = MoeArchAdapter {
     layouts: &["per-expert", "fused", "mlx-switch"],
     notes: "softmax router, norm_topk_prob as the config says (absent: false), dense layers by mlp_only_layers and decoder_sparse_step",
     one_plus_norm: false,
+    streams_checkpoint: true,
     names: &QWEN,
     gguf: &GgufArch { name: "qwen3moe", names: &GGUF_NAMES, config: config_of },
     parse,

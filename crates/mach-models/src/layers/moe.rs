@@ -17,6 +17,8 @@ pub struct Moe<B: Backend> {
     spec: MoeSpec,
     router: B::Weight,
     router_bias: Option<B::Tensor>,
+    /// `[vocabulary, top_k]`, where the experts are those of the token.
+    token_experts: Option<Vec<u32>>,
     expert_scale: Option<B::Tensor>,
     /// Of gate, up and down.
     expert_bias: Option<[B::Tensor; 3]>,
@@ -50,7 +52,7 @@ pub(crate) struct Residual<'a, B: Backend> {
 /// may change as long as those of a row differ.
 pub type ForcedRoutes = Arc<Mutex<dyn FnMut(usize, &mut [u32]) + Send>>;
 
-/// Router choices of a forward pass, for `mach eval`: per MoE layer `[rows, k]`, largest weight first.
+/// Router choices of a forward pass, for `mach eval`: per MoE layer `[rows, k]`, largest weight first where a router chose.
 #[derive(Default)]
 pub struct RouteLog {
     /// Per layer.
@@ -92,6 +94,7 @@ impl<B: Backend> Moe<B> {
             spec,
             router: weight_f32(backend, &t.router)?,
             router_bias: t.router_bias.as_ref().map(plain).transpose()?,
+            token_experts: t.token_experts.as_ref().map(|name| token_experts(files, name, &spec)).transpose()?,
             expert_scale: t.expert_scale.as_ref().map(plain).transpose()?,
             expert_bias,
             apart,
@@ -99,6 +102,12 @@ impl<B: Backend> Moe<B> {
             index,
             forced: None,
         })
+    }
+
+    /// The experts of these tokens, `[rows, k]`, where no router chooses them.
+    pub(crate) fn given(&self, tokens: impl Iterator<Item = u32>) -> Option<Vec<u32>> {
+        let (table, k) = (self.token_experts.as_ref()?, self.spec.router.top_k);
+        Some(tokens.flat_map(|t| &table[t as usize * k..(t as usize + 1) * k]).copied().collect())
     }
 
     /// `ws.h` rows (of the residual by the layer's norm) → `ws.out` rows.
@@ -109,6 +118,7 @@ impl<B: Backend> Moe<B> {
         ws: &mut Workspace<B>,
         rows: usize,
         residual: &Residual<'_, B>,
+        given: Option<&[u32]>,
         store: &mut ExpertStore<B::Memory>,
         next: Option<Next<'_, B>>,
         log: Option<&mut RouteLog>,
@@ -121,7 +131,7 @@ impl<B: Backend> Moe<B> {
             backend.rms_norm(&ws.out, 0, rows, &apart.shared, residual.eps, &mut ws.apart);
             backend.rms_norm(residual.x, 0, rows, &apart.router, residual.eps, &mut ws.h);
         }
-        backend.route(&self.spec.router, &self.router_weights(), &ws.h, rows, None, &mut ws.routes);
+        backend.route(&self.spec.router, &self.router_weights(), &ws.h, rows, given, &mut ws.routes);
         backend.read_routes(&ws.routes, &mut ws.ids, &mut ws.weights);
         if let Some(routes) = &self.forced {
             routes.lock().unwrap_or_else(PoisonError::into_inner)(self.index, &mut ws.ids);
@@ -231,15 +241,36 @@ pub(crate) struct Next<'a, B: Backend> {
     pub norm: &'a B::Tensor,
     pub x: &'a B::Tensor,
     pub eps: f32,
+    /// Its experts, where they are known.
+    pub given: Option<Vec<u32>>,
 }
 
 impl<B: Backend> Next<'_, B> {
     /// Ids → `ws.guess`; `ws.out` and `ws.routes` are scratch for it.
     fn route(&self, backend: &B, ws: &mut Workspace<B>, rows: usize) {
+        if let Some(ids) = &self.given {
+            ws.guess.clone_from(ids);
+            return;
+        }
         let norm = self.moe.apart.as_ref().map_or(self.norm, |apart| &apart.router);
         backend.rms_norm(self.x, 0, rows, norm, self.eps, &mut ws.out);
         backend.route(&self.moe.spec.router, &self.moe.router_weights(), &ws.out, rows, None, &mut ws.routes);
         backend.read_routes(&ws.routes, &mut ws.guess, &mut ws.guess_weights);
+    }
+}
+
+/// Reads a table of experts by token and checks it.
+fn token_experts(files: &Resolved, name: &str, spec: &MoeSpec) -> Result<Vec<u32>, ModelError> {
+    let table = files.ck.read_ids(name)?;
+    let k = spec.router.top_k;
+    let bad = |row: &[u32]| row.iter().enumerate().any(|(i, &id)| id as usize >= spec.router.experts || row[..i].contains(&id));
+    match table.chunks_exact(k).position(bad) {
+        Some(token) => Err(ModelError::Shape {
+            name: name.to_owned(),
+            expected: format!("{k} different experts of {} for every token", spec.router.experts),
+            got: format!("{:?} for token {token}", &table[token * k..(token + 1) * k]),
+        }),
+        None => Ok(table),
     }
 }
 
