@@ -154,6 +154,14 @@ impl Found {
             available,
         };
         let plan = MemoryPlan::new(&sizes, &wanted)?;
+        let published = source.as_ref().is_some_and(|s| s.kind() == "checkpoint") && !files.checkpoint().is_gguf();
+        if plan.residency == Residency::Streaming && published && !files.arch().streams_checkpoint {
+            let (dir, arch) = (path.dir.display(), files.arch().model_type);
+            let message = format!(
+                "{dir} has its experts as published, and {arch} streams only from the engine layout: run `mach artifacts build {dir}` first, or use --no-streaming where everything fits"
+            );
+            return Err(Error::Input { code: "engine-layout-required", message });
+        }
         Ok(Prepared { path, files, source, plan, options })
     }
 }

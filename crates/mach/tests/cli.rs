@@ -72,6 +72,31 @@ fn the_same_logits_whatever_the_bank_chunk_threads_and_kernels() {
     }
 }
 
+/// Protects DeepSeek-V4 as published (8- and 4-bit floats): resident it runs as it is, streaming asks for the engine layout by name,
+/// and then gives the same bytes.
+#[test]
+fn deepseek_streams_from_the_engine_layout_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    support::copy(&support::root().join("crates/mach-models/tests/goldens/deepseek_v4-fp8fp4"), &model);
+    let (tokens, logits) = (dir.path().join("tokens.json"), dir.path().join("logits"));
+    std::fs::write(&tokens, json!((5..45).collect::<Vec<u32>>()).to_string()).unwrap();
+    let run = |flags: &[&str]| {
+        let args = ["generate", "--model", arg(&model), "--tokens", arg(&tokens), "-n", "16", "--ignore-eos", "--temperature", "0", "--logits", arg(&logits)];
+        mach(&[&args[..], flags].concat())
+    };
+    let resident = run(&["--no-streaming"]);
+    assert_eq!(resident.code, 0, "{}", resident.err);
+    let expected = std::fs::read(&logits).unwrap();
+    let refused = run(&["--streaming"]);
+    assert!(refused.failed_with("engine-layout-required").err.contains("mach artifacts build"), "{}", refused.err);
+    let built = mach(&["artifacts", "build", arg(&model)]);
+    assert_eq!(built.code, 0, "{}", built.err);
+    let streamed = run(&["--streaming", "--bank", "50%"]);
+    assert_eq!(streamed.code, 0, "{}", streamed.err);
+    assert!(std::fs::read(&logits).unwrap() == expected, "streaming changes the logits");
+}
+
 /// Protects what --logits means: rows of generate are those of eval on prompt and output.
 #[test]
 fn generate_and_eval_agree_byte_for_byte() {
