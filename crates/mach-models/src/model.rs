@@ -53,8 +53,8 @@ enum Part {
 }
 
 impl<B: Backend> Layer<B> {
-    #[allow(clippy::too_many_arguments)]
     /// Normed input of a part for `rows` rows of the residual from `first` on → `ws.h`.
+    #[allow(clippy::too_many_arguments)]
     fn read(&self, b: &B, spec: &ModelSpec, part: Part, x: &B::Tensor, first: usize, rows: usize, ws: &mut Workspace<B>) {
         b.reshape(&mut ws.h, rows, spec.hidden);
         b.reshape(&mut ws.out, rows, spec.hidden);
