@@ -13,7 +13,7 @@ import argparse
 import pathlib
 import sys
 
-MODELS = ("qwen3-base", "qwen3_5-base")
+MODELS = ("qwen3-base", "qwen3_5-base", "deepseek_v4-fp8fp4")
 
 
 def models(llama, goldens):
@@ -30,6 +30,11 @@ def models(llama, goldens):
         model_class = conversion.get_model_class(arch)
         # The tiny checkpoints have no tokenizer.
         model_class.set_vocab = lambda self: self.gguf_writer.add_tokenizer_model("none")
+        if arch == "DeepseekV4ForCausalLM":
+            # Experts become MXFP4 without loss; so do 8-bit floats with powers of two as bf16, not as the Q8_0 of the converter.
+            force = model_class.tensor_force_quant
+            exact = lambda t: gguf.GGMLQuantizationType.BF16 if t == gguf.GGMLQuantizationType.Q8_0 else t
+            model_class.tensor_force_quant = lambda self, *names: exact(force(self, *names))
         model = model_class(folder, gguf.LlamaFileType.MOSTLY_BF16, goldens / f"{name}.gguf", eager=True)
         model.write()
 
