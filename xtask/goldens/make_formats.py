@@ -106,18 +106,49 @@ def published(rng, out):
         out[f"{name}.expect"] = weight.float() * scale.float()
 
 
+def compressed(rng, out):
+    """compressed-tensors' own packing and unpacking, in f32."""
+    from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
+
+    rows = 13  # Zeros of 4 bits fill a word with 8 rows.
+    for name, bits, group, dtype in (("ct_4_32", 4, 32, torch.bfloat16), ("ct_4_channel", 4, COLS, torch.float16), ("ct_8_128", 8, 128, torch.bfloat16)):
+        half = 1 << (bits - 1)
+        q = torch.from_numpy(rng.integers(-half, half, (rows, COLS)).astype(np.int8))
+        scale = torch.from_numpy(rng.uniform(0.001, 0.01, (rows, COLS // group)).astype(np.float32)).to(dtype)
+        zeros = torch.from_numpy(rng.integers(-half, half, scale.shape).astype(np.int8))
+        shape = torch.tensor([rows, COLS])
+        for kind in ("", "_zeros"):
+            module = name + kind
+            packed = pack_to_int32(q, bits)
+            out |= {f"{module}.weight_packed": packed, f"{module}.weight_scale": scale, f"{module}.weight_shape": shape}
+            back = unpack_from_int32(packed, bits, torch.Size([rows, COLS])).float()
+            if kind:
+                packed = pack_to_int32(zeros, bits, packed_dim=0).contiguous()
+                out[f"{module}.weight_zero_point"] = packed
+                back -= unpack_from_int32(packed, bits, scale.shape, packed_dim=0).float().repeat_interleave(group, 1)
+            out[f"{module}.expect"] = back * scale.float().repeat_interleave(group, 1)
+
+    packed = torch.from_numpy(rng.integers(0, 256, (rows, COLS // 2), dtype=np.uint8))
+    scale = torch.from_numpy(rng.uniform(0.5, 400, (rows, COLS // 16)).astype(np.float32)).to(torch.float8_e4m3fn)
+    out |= {"ct_nvfp4.weight_packed": packed, "ct_nvfp4.weight_scale": scale, "ct_nvfp4.weight_global_scale": torch.tensor([512.0])}
+    out["ct_nvfp4.expect"] = fp4_values(packed) * (scale.float() / 512).repeat_interleave(16, 1)
+
+
 def write_formats(folder):
     rng = np.random.default_rng(11)
     out, quantization = {}, {"bits": 4, "group_size": 64}
     mlx(rng, out, quantization)
     published(rng, out)
+    compressed(rng, out)
     save_file({k: v.contiguous().clone() for k, v in sorted(out.items())}, folder / "formats.safetensors")
     (folder / "formats.json").write_text(json.dumps({"quantization": quantization}, indent=1) + "\n")
 
 
 # Where the halves of a block lie: random bits there would give infinities.
 HALVES = {
-    "Q8_0": [0], "Q4_K": [0, 2], "Q6_K": [208], "MXFP4": [],
+    "Q8_0": [0], "Q4_K": [0, 2], "Q6_K": [208], "MXFP4": [], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q5_K": [0, 2], "IQ2_XXS": [0], "IQ2_XS": [0], "IQ2_S": [0], "IQ3_XXS": [0], "IQ3_S": [0],
+    "IQ1_S": [0], "IQ1_M": [], "IQ4_NL": [0], "IQ4_XS": [0],
 }  # fmt: skip
 
 

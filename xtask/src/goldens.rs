@@ -7,12 +7,15 @@ use anyhow::{Context, Result};
 
 use crate::run;
 
+/// Name of the goldens of number formats.
+const FORMATS: &str = "formats";
+
 #[derive(clap::Args)]
 pub struct Args {
     /// Where they go.
     #[arg(long, default_value = "crates/mach-models/tests/goldens")]
     out: PathBuf,
-    /// One shape instead of all.
+    /// One shape, or `formats`, instead of all.
     #[arg(long)]
     only: Option<String>,
     /// Folder with the tokenizer and chat template of the template goldens.
@@ -21,6 +24,13 @@ pub struct Args {
 }
 
 pub fn goldens(root: &Path, args: Args) -> Result<()> {
+    if args.only.as_deref().is_none_or(|only| only == FORMATS) {
+        let mut make = Command::new(python(root)?);
+        run(make.current_dir(root).args(["xtask/goldens/make_formats.py", "--out", "crates/mach-format/tests/goldens"]))?;
+    }
+    if args.only.as_deref() == Some(FORMATS) {
+        return Ok(());
+    }
     let mut make = Command::new(python(root)?);
     make.current_dir(root).arg("xtask/goldens/make_goldens.py").arg("--out").arg(args.out);
     match args.only {

@@ -121,13 +121,23 @@ pub enum FormatError {
     },
     /// A quantisation that is recognised and not supported.
     #[error(
-        "tensor {tensor} uses {what}, which is not supported (supported: F32, F16, BF16, MXFP4, NVFP4, FP8 (E4M3), affine 2 to 8 bits in groups of 32, 64, 128, and Q8_0, Q4_K, Q6_K, MXFP4 of GGUF)"
+        "tensor {tensor} uses {what}, which is not supported (supported: F32, F16, BF16, MXFP4, NVFP4, FP8 (E4M3), affine 2 to 8 bits in groups of 32, 64, 128, compressed-tensors' integers, and all types of GGUF but TQ1_0, TQ2_0 and NVFP4)"
     )]
     UnsupportedQuantisation {
         /// The tensor.
         tensor: String,
         /// The scheme.
         what: String,
+    },
+    /// A quantisation whose order of bits fits no kernel.
+    #[error(
+        "tensor {tensor} is quantised by {method}, which is not read: take the model unquantised (`mach artifacts build --bits 4` quantises it), or in GGUF, MLX or compressed-tensors form"
+    )]
+    ForeignQuantisation {
+        /// The tensor.
+        tensor: String,
+        /// GPTQ or AWQ.
+        method: String,
     },
     /// Shapes and config disagree about a quantised tensor.
     #[error("tensor {tensor} does not fit its quantisation: config says {expected}, the shapes say {got}")]
@@ -257,6 +267,7 @@ impl FormatError {
             Self::Shape { .. } => "wrong-shape",
             Self::Dtype { .. } => "wrong-dtype",
             Self::UnsupportedQuantisation { .. } => "unsupported-quantisation",
+            Self::ForeignQuantisation { .. } => "foreign-quantisation",
             Self::QuantisationMismatch { .. } => "quantisation-mismatch",
             Self::Quantise { .. } => "cannot-quantise",
             Self::Buffer { .. } => "wrong-buffer",

@@ -21,7 +21,7 @@ pub use checkpoint::{Checkpoint, Dtype, ElementType, TensorInfo};
 pub use disk::{forget_pages, free_space};
 pub use error::FormatError;
 pub use fingerprint::{Fingerprint, checksum, fingerprint};
-pub use format::{BlockFormat, Codes, E2M1, ScaleType, WeightFormat};
+pub use format::{BlockFormat, Codes, E2M1, IQ4, ScaleType, WeightFormat};
 pub use matrix::{Matrix, RowPick, pack_f32, pack_gate_up};
 pub use packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS, UNIT};
 pub use safetensors_writer::{Planned, SafetensorsWriter};

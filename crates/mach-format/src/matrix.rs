@@ -13,7 +13,7 @@ use crate::format::WeightFormat;
 use crate::packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
 use crate::quant::fp8::e4m3;
 use crate::quant::{self, affine};
-use crate::source::Stored;
+use crate::source::{ENDINGS, Stored};
 use crate::tile::{pack_tile, row_bytes};
 
 /// Bytes that are read at once while packing.
@@ -91,6 +91,11 @@ impl Matrix {
     /// Name of the tensor that holds the data.
     pub fn name(&self) -> &str {
         &self.source.parts[0]
+    }
+
+    /// The module that it is the weight of: the name without its ending.
+    pub fn module(&self) -> &str {
+        ENDINGS.iter().find_map(|ending| self.name().strip_suffix(ending)).unwrap_or(self.name())
     }
 
     /// Names of all tensors that it consists of.
@@ -211,7 +216,8 @@ impl Matrix {
                 *out = self.read_plane(&plane, first..first + span)?;
             }
         }
-        let mut out = self.source.stored.rows(&self.layout, out);
+        let number = |i: usize| (first + i) % self.source.rows;
+        let mut out = self.source.stored.rows(&self.layout, number, out);
         if self.step > 1 {
             for bytes in &mut out {
                 let row = bytes.len() / span.max(1);

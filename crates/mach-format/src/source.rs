@@ -11,7 +11,7 @@ use crate::error::FormatError;
 use crate::format::{BlockFormat, ScaleType, WeightFormat};
 use crate::matrix::{Matrix, Plane, Source};
 use crate::packed::PackedLayout;
-use crate::quant::{fp8, mxfp4, nvfp4};
+use crate::quant::{affine, fp8, mxfp4, nvfp4};
 
 /// How the rows of a matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +22,9 @@ pub(crate) enum Stored {
     Mxfp4,
     /// FP8 with scales of so many bytes for so many columns; single bytes are exponents.
     Fp8 { columns: usize, width: usize },
+    /// compressed-tensors' integers of so many bits, a stream along the row as MLX's, scales for so many columns; with or without
+    /// what stands for zero, a stream down the rows.
+    Integers { bits: u8, columns: usize, scales: ScaleType, zeros: bool },
     /// NVFP4: neighbours in a byte, scales apart, and one for the whole tensor.
     Nvfp4(Global),
 }
@@ -33,13 +36,15 @@ pub(crate) enum Global {
     None,
     /// As it is stored.
     Factor,
+    /// Its inverse is stored (compressed-tensors).
+    Divisor,
     /// The largest value, which the largest scale times the largest number stands for (MLX).
     Largest,
 }
 
 impl Stored {
-    /// Rows as tiles are packed of them.
-    pub(crate) fn rows(self, layout: &PackedLayout, [data, scales, biases]: [Vec<u8>; 3]) -> [Vec<u8>; 3] {
+    /// Rows as tiles are packed of them; `number` gives those of rows in their matrix.
+    pub(crate) fn rows(self, layout: &PackedLayout, number: impl Fn(usize) -> usize, [data, scales, biases]: [Vec<u8>; 3]) -> [Vec<u8>; 3] {
         match self {
             Self::Rows => [data, scales, biases],
             Self::Mxfp4 => [mxfp4::join(&data, &scales), Vec::new(), Vec::new()],
@@ -48,12 +53,33 @@ impl Stored {
                 let scales = fp8::spread(&scales, row, width, width == 1, [layout.cols, columns, layout.block_columns()]);
                 [data, scales, Vec::new()]
             }
+            Self::Integers { bits, columns, scales: ty, zeros } => {
+                let (cols, group) = (layout.cols, layout.block_columns());
+                let row = cols / columns * ty.bytes();
+                let [mut to_scales, mut to_biases] = [const { Vec::new() }; 2];
+                for (i, scales) in scales.chunks_exact(row).enumerate() {
+                    for g in (0..cols).step_by(group).map(|col| col / columns) {
+                        let scale = affine::get(ty, &scales[g * ty.bytes()..][..ty.bytes()]);
+                        let (zero, ty) = if zeros {
+                            let word = u32::from_le_bytes([0, 1, 2, 3].map(|j| biases[(i * cols / columns + g) * 4 + j]));
+                            let at = number(i) % (32 / usize::from(bits)) * usize::from(bits);
+                            (word >> at & ((1 << bits) - 1), ScaleType::F32)
+                        } else {
+                            (1 << (bits - 1), ty)
+                        };
+                        affine::push(ty, scale, &mut to_scales);
+                        affine::push(ty, -(zero as f32 * scale), &mut to_biases);
+                    }
+                }
+                [data, to_scales, to_biases]
+            }
             Self::Nvfp4(global) => {
                 let rows = data.len() * 2 / layout.cols;
                 let stored = |at: usize| f32::from_le_bytes([0, 1, 2, 3].map(|i| biases[at * 4 + i]));
                 let factor = |row: usize| match global {
                     Global::None => 1.0,
                     Global::Factor => stored(row),
+                    Global::Divisor => 1.0 / stored(row),
                     Global::Largest => stored(row) / (448.0 * 6.0),
                 };
                 [nvfp4::join(&data, &scales), (0..rows).flat_map(|row| f32::to_le_bytes(factor(row))).collect(), Vec::new()]
@@ -95,10 +121,18 @@ impl Shape {
     }
 }
 
+/// Endings of the tensor with the data of a module.
+pub(crate) const ENDINGS: [&str; 4] = ["_blocks", ".weight_packed", ".qweight", ".weight"];
+
 impl Checkpoint {
+    /// Whether there is a weight of this module, in any form that [`Checkpoint::matrix`] knows.
+    pub fn has_matrix(&self, prefix: &str) -> bool {
+        self.tensor(prefix).is_some() || ENDINGS.iter().any(|ending| self.tensor(&format!("{prefix}{ending}")).is_some())
+    }
+
     /// The weight of a module, however it is stored: `{prefix}.weight`, or `prefix` itself where a tensor has that name, alone or
     /// with what belongs to its quantisation (`.scales` and `.biases` of MLX, `.scale` of DeepSeek, `{prefix}_blocks` and
-    /// `{prefix}_scales` of gpt-oss). Two dimensions, or three for a stack of experts; one is a single row.
+    /// `{prefix}_scales` of gpt-oss, `.weight_packed` of compressed-tensors). Two dimensions, or three for a stack of experts; one is a single row.
     ///
     /// # Errors
     /// A missing tensor, another number of dimensions, a type or quantisation that is not read, shapes that do not
@@ -107,6 +141,16 @@ impl Checkpoint {
         let blocks = format!("{prefix}_blocks");
         if self.tensor(&blocks).is_some() {
             return self.blocks_and_scales(prefix, blocks);
+        }
+        let packed = format!("{prefix}.weight_packed");
+        if self.tensor(&packed).is_some() {
+            return self.compressed(prefix, packed);
+        }
+        let words = format!("{prefix}.qweight");
+        if self.tensor(&words).is_some() {
+            let says = self.config().get("quantization_config").and_then(|q| q.get("quant_method")).and_then(Value::as_str);
+            let by_name = if self.tensor(&format!("{prefix}.g_idx")).is_some() { "GPTQ" } else { "AWQ" };
+            return Err(FormatError::ForeignQuantisation { tensor: words, method: says.map_or(by_name.to_owned(), str::to_uppercase) });
         }
         let dotted = format!("{prefix}.weight");
         let name = if self.tensor(&dotted).is_none() && self.tensor(prefix).is_some() { prefix.to_owned() } else { dotted };
@@ -334,6 +378,77 @@ impl Checkpoint {
         Ok(m)
     }
 
+    /// compressed-tensors: `weight_packed` with `weight_scale`, integers with `weight_shape`, floats with `weight_global_scale`.
+    fn compressed(&self, prefix: &str, packed: String) -> Result<Matrix, FormatError> {
+        let (data, scales) = (self.part(packed)?, self.part(format!("{prefix}.weight_scale"))?);
+        let shape = Shape::of(&data.name, data.info, &data.info.shape)?;
+        let unsupported = |what: &str| FormatError::UnsupportedQuantisation { tensor: data.name.clone(), what: what.to_owned() };
+        match data.info.dtype {
+            ElementType::Plain(Dtype::U8) => {
+                let global = self.part(format!("{prefix}.weight_global_scale"))?;
+                let cols = shape.width * 2;
+                return self.nvfp4(data, &shape, cols, scales, Some((global, Global::Divisor)));
+            }
+            ElementType::Plain(Dtype::I32) => {}
+            other => return Err(unsupported(&format!("packed weights of type {other:?}"))),
+        }
+        if self.tensor(&format!("{prefix}.weight_g_idx")).is_some() {
+            return Err(unsupported("groups in an order of their own (weight_g_idx)"));
+        }
+        let dims = self.part(format!("{prefix}.weight_shape"))?;
+        let cols = self.read_integers(&dims)?.last().copied().unwrap_or(0);
+        let bits = shape.width * 32 / cols.max(1);
+        if !matches!(bits, 2..=6 | 8) || !cols.is_multiple_of(32) || bits * cols != shape.width * 32 {
+            return Err(unsupported(&format!("{} words for {cols} columns", shape.width)));
+        }
+        let scale_type = match scales.info.dtype {
+            ElementType::Plain(Dtype::F16) => ScaleType::F16,
+            ElementType::Plain(Dtype::BF16) => ScaleType::BF16,
+            ElementType::Plain(Dtype::F32) => ScaleType::F32,
+            other => return Err(unsupported(&format!("scales of type {other:?}"))),
+        };
+        let (outer, &groups) = match scales.info.shape.split_last() {
+            Some((groups, outer)) if outer == &data.info.shape[..data.info.shape.len() - 1] && *groups > 0 => (outer, groups),
+            _ => return Err(shape_error(&scales.name, "a row of scales for each row of weights", scales.info)),
+        };
+        let columns = cols / groups;
+        let Some(group) = [128, 64, 32].into_iter().find(|group| columns.is_multiple_of(*group)).filter(|_| cols.is_multiple_of(groups)) else {
+            return Err(shape_error(&scales.name, &format!("groups of a multiple of 32 of {cols} columns"), scales.info));
+        };
+        let mut planes = [plane(&data, shape.width * 4, 1), plane(&scales, groups * scale_type.bytes(), 1), None];
+        let mut parts = vec![data, scales, dims];
+        let zeros = format!("{prefix}.weight_zero_point");
+        let with_zeros = self.tensor(&zeros).is_some();
+        if with_zeros {
+            let part = self.part(zeros)?;
+            let per = 32 / bits;
+            let last = outer.len() - 1;
+            let expected: Vec<usize> = outer[..last].iter().copied().chain([shape.rows.div_ceil(per), groups]).collect();
+            if !matches!(bits, 4 | 8) || part.info.dtype != ElementType::Plain(Dtype::I32) || part.info.shape != expected {
+                return Err(shape_error(&part.name, &format!("words {expected:?} of zeros of 4 or 8 bits"), part.info));
+            }
+            planes[2] = plane(&part, groups * 4, per);
+            parts.push(part);
+        }
+        parts.extend(self.unused_parts(prefix));
+        // Products of zeros and scales are exact in f32; without zeros they are scales times a power of two.
+        let scales = if with_zeros { ScaleType::F32 } else { scale_type };
+        let format = WeightFormat::Affine { bits: bits as u8, group: group as u16, scales };
+        let stored = Stored::Integers { bits: bits as u8, columns, scales: scale_type, zeros: with_zeros };
+        Ok(self.of_planes(&shape, cols, format, stored, planes, parts))
+    }
+
+    /// The numbers of a small tensor of whole numbers.
+    fn read_integers(&self, part: &Part<'_>) -> Result<Vec<usize>, FormatError> {
+        let bytes = self.read_bytes(&part.name)?;
+        let numbers = match part.info.dtype {
+            ElementType::Plain(Dtype::I64) => bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as usize).collect(),
+            ElementType::Plain(Dtype::I32) => bytes.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b) as usize).collect(),
+            other => return Err(FormatError::Dtype { tensor: part.name.clone(), expected: "I64 or I32", got: format!("{other:?}") }),
+        };
+        Ok(numbers)
+    }
+
     /// What belongs to a quantised module and plays no part here: scales of activations.
     fn unused_parts(&self, prefix: &str) -> Option<Part<'_>> {
         let name = format!("{prefix}.input_scale");
@@ -342,18 +457,19 @@ impl Checkpoint {
 
     /// Rows and columns that share a scale of FP8.
     fn weight_block(&self) -> [usize; 2] {
-        let block = self.config().get("quantization_config").and_then(|q| q.get("weight_block_size")).and_then(Value::as_array);
+        let block = self.quantization_entry().and_then(|q| q.get("weight_block_size")).and_then(Value::as_array);
         let side = |i: usize| block.and_then(|b| b.get(i)?.as_u64()).filter(|&n| n > 0).map_or(128, |n| n as usize);
         [side(0), side(1)]
     }
 
-    fn mlx_quantization(&self) -> Option<&Map<String, Value>> {
+    /// What the configuration says of quantisation; packs keep what other files call `quantization_config` where MLX does.
+    fn quantization_entry(&self) -> Option<&Map<String, Value>> {
         ["quantization", "quantization_config"].iter().find_map(|key| self.config().get(key)?.as_object())
     }
 
     /// What the configuration says of a module: an exact path wins over the general entry.
     fn mlx_field(&self, prefix: &str, key: &str) -> Option<&Value> {
-        let quantization = self.mlx_quantization()?;
+        let quantization = self.quantization_entry()?;
         quantization.get(prefix).and_then(|own| own.get(key)).or_else(|| quantization.get(key))
     }
 
@@ -361,7 +477,7 @@ impl Checkpoint {
     fn affine_groups(&self, prefix: &str, name: &str, words: usize, groups: usize) -> Result<(usize, usize), FormatError> {
         let unsupported = |what: String| FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what };
         let packed = || "packed words with scales".to_owned();
-        match self.mlx_quantization() {
+        match self.quantization_entry() {
             None => return Err(mismatch(name, "nothing (no quantization)", packed())),
             Some(quantization) if quantization.get(prefix) == Some(&Value::Bool(false)) => return Err(mismatch(name, "not quantised", packed())),
             _ => {}

@@ -184,7 +184,7 @@ impl Resolver<'_> {
 
     fn experts(&mut self, names: &WeightNames, at: &dyn Fn(&str) -> String, hidden: usize, m: &MoeSpec, layer: usize) -> Result<Option<LayerPlan>, ModelError> {
         let (experts, inner) = (m.router.experts, m.inner);
-        let has = |name: &str| ["", ".weight", "_blocks"].iter().any(|end| self.ck.tensor(&(at(name) + end)).is_some());
+        let has = |name: &str| self.ck.has_matrix(&at(name));
         let first = names.each.map(|n| n.replace("{}", "0"));
         let (gate, up, down) = if has(names.fused[0]) {
             let both_fused = has(names.fused[1]);

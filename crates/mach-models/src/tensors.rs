@@ -358,7 +358,7 @@ impl Resolved {
             // Small inputs that the group does not divide stay as they are too.
             let format = if m.name() == embed || m.name() == head { ends } else { format };
             let fits = format.is_none_or(|f| m.quantised_layout(f).is_ok());
-            let module = m.name().trim_end_matches(".weight").to_owned();
+            let module = m.module().to_owned();
             quantise.push((module, format.filter(|_| fits && !m.format().is_quantised())));
             covered.extend(m.tensors().iter().cloned());
         };
@@ -400,14 +400,8 @@ pub(crate) struct Resolver<'a> {
 }
 
 impl Resolver<'_> {
-    fn use_module(&mut self, module: &str) {
-        self.used.insert(module.to_owned());
-        self.used.extend(["weight", "scales", "biases"].map(|s| format!("{module}.{s}")));
-    }
-
     pub(crate) fn raw(&mut self, module: &str) -> Result<Matrix, ModelError> {
         let m = self.ck.matrix(module)?;
-        self.use_module(module);
         self.used.extend(m.tensors().iter().cloned());
         Ok(m)
     }

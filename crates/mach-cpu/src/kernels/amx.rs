@@ -85,7 +85,7 @@ impl Kernel for Amx {
             std::ptr::copy_nonoverlapping(x.cast::<u8>(), row.as_mut_ptr(), BLK);
         }
         let mut unpacked = Lines([[0; 64]; 16]);
-        let weights = if BITS == 4 {
+        let weights = if const { BITS == 4 } {
             let nibble = _mm512_set1_epi8(15);
             for line in 0..BLK / 8 {
                 let bytes = _mm512_loadu_si512(w.add(line * 64).cast());
@@ -93,7 +93,7 @@ impl Kernel for Amx {
                 _mm512_store_si512(unpacked.0[line * 2 + 1].as_mut_ptr().cast(), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble));
             }
             unpacked.0.as_ptr().cast()
-        } else if BITS == 6 {
+        } else if const { BITS == 6 } {
             for sixteen in 0..BLK / 16 {
                 let codes = six_bits(w.add(sixteen * 192));
                 for four in 0..4 {

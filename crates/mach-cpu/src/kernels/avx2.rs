@@ -184,6 +184,65 @@ impl Simd for Avx2 {
         _mm256_storeu_si256(p.add(32).cast(), a[1]);
     }
     #[inline(always)]
+    unsafe fn xor_i(a: I, b: I) -> I {
+        [_mm256_xor_si256(a[0], b[0]), _mm256_xor_si256(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn add_bytes(a: I, b: I) -> I {
+        [_mm256_add_epi8(a[0], b[0]), _mm256_add_epi8(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn equal_bytes(a: I, b: I) -> I {
+        [_mm256_cmpeq_epi8(a[0], b[0]), _mm256_cmpeq_epi8(a[1], b[1])]
+    }
+    #[inline(always)]
+    unsafe fn spread_byte(a: I) -> I {
+        let lowest = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+        [_mm256_shuffle_epi8(a[0], lowest), _mm256_shuffle_epi8(a[1], lowest)]
+    }
+    /// Loads of single entries: `vpgatherdd` takes three times as long here.
+    #[inline(always)]
+    unsafe fn gather4(table: &[u32], index: I) -> I {
+        let mut at = [0_u32; 16];
+        Self::store_i(at.as_mut_ptr().cast(), index);
+        let table = table.as_ptr();
+        let mut out = index;
+        for h in 0..2 {
+            let mut quads = [_mm_setzero_si128(); 2];
+            for q in 0..2 {
+                let at = at.as_ptr().add(h * 8 + q * 4);
+                let first = _mm_cvtsi32_si128(*table.add(*at as usize) as i32);
+                let second = _mm_insert_epi32::<1>(first, *table.add(*at.add(1) as usize) as i32);
+                let third = _mm_insert_epi32::<2>(second, *table.add(*at.add(2) as usize) as i32);
+                quads[q] = _mm_insert_epi32::<3>(third, *table.add(*at.add(3) as usize) as i32);
+            }
+            out[h] = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(quads[0]), quads[1]);
+        }
+        out
+    }
+    /// Two entries to a register of 128 bits, so that one shuffle of two gives four rows.
+    #[inline(always)]
+    unsafe fn gather8(table: &[u64], index: I) -> [I; 2] {
+        let mut at = [0_u32; 16];
+        Self::store_i(at.as_mut_ptr().cast(), index);
+        let table = table.as_ptr();
+        let mut out = [index; 2];
+        for h in 0..2 {
+            let mut pairs = [_mm_setzero_si128(); 4];
+            for p in 0..4 {
+                let at = at.as_ptr().add(h * 8 + p * 2);
+                let first = _mm_loadl_epi64(table.add(*at as usize).cast());
+                pairs[p] = _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(first), table.add(*at.add(1) as usize).cast()));
+            }
+            // Rows 0 1 4 5 and 2 3 6 7.
+            let even = _mm256_castsi256_ps(_mm256_inserti128_si256::<1>(_mm256_castsi128_si256(pairs[0]), pairs[2]));
+            let odd = _mm256_castsi256_ps(_mm256_inserti128_si256::<1>(_mm256_castsi128_si256(pairs[1]), pairs[3]));
+            out[0][h] = _mm256_castps_si256(_mm256_shuffle_ps::<0b10_00_10_00>(even, odd));
+            out[1][h] = _mm256_castps_si256(_mm256_shuffle_ps::<0b11_01_11_01>(even, odd));
+        }
+        out
+    }
+    #[inline(always)]
     unsafe fn lookup(table: &[u8; 16], a: I) -> I {
         let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
         [_mm256_shuffle_epi8(table, a[0]), _mm256_shuffle_epi8(table, a[1])]
@@ -301,7 +360,7 @@ impl Kernel for Avx2 {
         let nibble = _mm256_set1_epi8(15);
         let ones = _mm256_set1_epi16(1);
         let mut out = [[_mm256_setzero_si256(); 2]; R];
-        if BITS == 6 {
+        if const { BITS == 6 } {
             for sixteen in 0..BLK / 16 {
                 for h in 0..2 {
                     let codes = six_bits(w.add(sixteen * 192 + h * 32));
@@ -316,7 +375,7 @@ impl Kernel for Avx2 {
                     }
                 }
             }
-        } else if BITS == 4 {
+        } else if const { BITS == 4 } {
             for four in 0..BLK / 32 {
                 let mut acc = [[_mm256_setzero_si256(); 2]; R];
                 for line in four * 4..four * 4 + 4 {

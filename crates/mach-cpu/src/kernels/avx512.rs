@@ -129,6 +129,22 @@ impl Simd for Avx512 {
         _mm512_storeu_si512(p.cast(), a);
     }
     #[inline(always)]
+    unsafe fn xor_i(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_xor_si512(a, b)
+    }
+    #[inline(always)]
+    unsafe fn add_bytes(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_add_epi8(a, b)
+    }
+    #[inline(always)]
+    unsafe fn equal_bytes(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b))
+    }
+    #[inline(always)]
+    unsafe fn spread_byte(a: __m512i) -> __m512i {
+        _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)))
+    }
+    #[inline(always)]
     unsafe fn lookup(table: &[u8; 16], a: __m512i) -> __m512i {
         _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), a)
     }
@@ -201,7 +217,7 @@ impl Kernel for Avx512 {
         let nibble = _mm512_set1_epi8(15);
         let (ones, sixteens) = (_mm512_set1_epi16(1), _mm512_set1_epi16(16));
         let mut out = [_mm512_setzero_si512(); R];
-        if BITS == 6 {
+        if const { BITS == 6 } {
             for sixteen in 0..BLK / 16 {
                 let codes = six_bits(w.add(sixteen * 192));
                 for r in 0..R {
@@ -215,7 +231,7 @@ impl Kernel for Avx512 {
             }
             return out;
         }
-        let per_run = if BITS == 4 { 4 } else { 8 };
+        let per_run = if const { BITS == 4 } { 4 } else { 8 };
         for run in 0..BLK.div_ceil(32) {
             let mut acc = [[_mm512_setzero_si512(); 2]; R];
             for line in run * per_run..((run + 1) * per_run).min(BLK * BITS as usize / 32) {
@@ -225,7 +241,7 @@ impl Kernel for Avx512 {
                 for r in 0..R {
                     let at = x[r].add(line * 32 / BITS as usize).cast::<i32>();
                     let x0 = _mm512_set1_epi32(at.read_unaligned());
-                    if BITS == 4 {
+                    if const { BITS == 4 } {
                         let x1 = _mm512_set1_epi32(at.add(1).read_unaligned());
                         acc[r][0] = _mm512_add_epi16(acc[r][0], _mm512_maddubs_epi16(low, x0));
                         acc[r][0] = _mm512_add_epi16(acc[r][0], _mm512_maddubs_epi16(high, x1));
@@ -237,7 +253,7 @@ impl Kernel for Avx512 {
             }
             for r in 0..R {
                 out[r] = _mm512_add_epi32(out[r], _mm512_madd_epi16(acc[r][0], ones));
-                if BITS == 8 {
+                if const { BITS == 8 } {
                     out[r] = _mm512_add_epi32(out[r], _mm512_madd_epi16(acc[r][1], sixteens));
                 }
             }

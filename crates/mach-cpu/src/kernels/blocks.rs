@@ -1,8 +1,9 @@
 //! Where the numbers and scales of a quantised tile lie, and what they are.
 
-use mach_format::{BlockFormat, Codes, E2M1, PackedLayout, ScaleType, UNIT, WeightFormat};
+use mach_format::{BlockFormat, Codes, E2M1, IQ4, PackedLayout, ScaleType, UNIT, WeightFormat};
 
 use super::simd::{LANES, Simd};
+use super::unpack::{UNPACKED_UNIT, UnpackPanel};
 
 /// A tile of a quantised format.
 #[derive(Clone, Copy)]
@@ -59,12 +60,19 @@ impl Blocks {
     #[inline(always)]
     pub(super) unsafe fn scales<V: Simd>(&self, column: usize) -> (V::F, V::F) {
         let (block, within) = self.block(column);
-        let at = block.add(self.line_bytes);
+        let (at, unit) = (block.add(self.line_bytes), block.add(within / UNIT * self.codes.unit_bytes()));
         match self.scales {
             Scales::Affine(ScaleType::BF16) => (V::load_bf16(at.cast()), V::load_bf16(at.add(LANES * 2).cast())),
             Scales::Affine(ScaleType::F16) => (V::load_f16(at.cast()), V::load_f16(at.add(LANES * 2).cast())),
             Scales::Affine(ScaleType::F32) => (V::load(at.cast()), V::load(at.add(LANES * 4).cast())),
-            Scales::Block(BlockFormat::Q4K) => {
+            Scales::Block(BlockFormat::Q4_1 | BlockFormat::Q5_1) => (V::load_f16(at.cast()), V::load_f16(at.add(LANES * 2).cast())),
+            Scales::Block(BlockFormat::Q2K) => {
+                let pair = V::load_u8(at.add(within / 16 * LANES));
+                let (d, dmin) = (V::load_f16(at.add(256).cast()), V::load_f16(at.add(288).cast()));
+                let (scale, min) = (V::to_f(V::and_i(pair, V::splat_i(15))), V::to_f(V::shr_i(pair, 4)));
+                (V::mul(d, scale), V::sub(V::splat(0.0), V::mul(dmin, min)))
+            }
+            Scales::Block(BlockFormat::Q4K | BlockFormat::Q5K) => {
                 let line = at.add(within / 32 * LANES);
                 let (scale, min) = (V::to_f(V::load_u8(line)), V::to_f(V::load_u8(line.add(8 * LANES))));
                 let (d, dmin) = (V::load_f16(at.add(256).cast()), V::load_f16(at.add(288).cast()));
@@ -72,10 +80,21 @@ impl Blocks {
             }
             Scales::Block(format) => {
                 let scale = match format {
-                    BlockFormat::Q6K => {
+                    BlockFormat::Q6K | BlockFormat::Q3K => {
                         let scale = V::to_f(V::load_i8(at.add(within / 16 * LANES).cast()));
                         V::mul(V::load_f16(at.add(256).cast()), scale)
                     }
+                    BlockFormat::Iq4Xs => {
+                        let scale = V::to_f(V::load_i8(at.add(within / 32 * LANES).cast()));
+                        V::mul(V::load_f16(at.add(128).cast()), scale)
+                    }
+                    BlockFormat::Iq2Xxs => odd::<V>(V::shr_i(V::load_i(unit.add(64).cast()), 28), 0.125, at),
+                    BlockFormat::Iq3Xxs => odd::<V>(V::shr_i(V::load_i(unit.add(128).cast()), 28), 0.25, at),
+                    BlockFormat::Iq2Xs => odd::<V>(nibble::<V>(unit.add(128), within / 16), 0.125, at),
+                    BlockFormat::Iq2S => odd::<V>(nibble::<V>(unit.add(144), within / 16), 0.125, at),
+                    BlockFormat::Iq3S => odd::<V>(nibble::<V>(at.add(within / 64 * LANES), within / 32), 1.0, at.add(4 * LANES)),
+                    BlockFormat::Iq1S => odd::<V>(V::and_i(V::shr_i(V::load_u8(unit.add(80)), 4), V::splat_i(7)), 0.125, at),
+                    BlockFormat::Iq1M => odd::<V>(nibble::<V>(unit.add(96), within / 16), 0.125, at),
                     BlockFormat::Mxfp4 => e8m0_half::<V>(V::load_u8(at)),
                     BlockFormat::Nvfp4 => V::mul(e4m3_half::<V>(V::load_u8(at.add(within / 16 * LANES))), V::load(self.tail.cast())),
                     _ => V::load_f16(at.cast()),
@@ -85,9 +104,9 @@ impl Blocks {
         }
     }
 
-    /// Column `column` as numbers, given its scales.
+    /// Column `column` as numbers, given its scales. `unpack` takes grids apart.
     #[inline(always)]
-    pub(super) unsafe fn column<V: Simd>(&self, column: usize, (scale, bias): (V::F, V::F)) -> V::F {
+    pub(super) unsafe fn column<V: Simd>(&self, unpack: UnpackPanel, layout: &PackedLayout, column: usize, (scale, bias): (V::F, V::F)) -> V::F {
         let (unit, c) = (self.unit(column), column % UNIT);
         let bits = |line: usize, shift: usize, mask: i32| V::and_i(V::shr_i(V::load_i(unit.add(line * 64).cast()), shift as u32), V::splat_i(mask));
         let nibble = |line: usize| bits(line, c % 4 * 8 + c / 4 % 2 * 4, 15);
@@ -102,9 +121,28 @@ impl Blocks {
             Codes::Bits(_) => nibble(c / 8),
             // The other bytes of a lane become the table's first number.
             Codes::E2m1 => V::and_i(V::lookup(&E2M1, nibble(c / 8)), V::splat_i(255)),
+            Codes::Iq4 => V::and_i(V::lookup(&IQ4, nibble(c / 8)), V::splat_i(255)),
+            _ => {
+                let (mut apart, mut scales) = ([0; UNPACKED_UNIT], [0.0; 2 * LANES]);
+                unpack(layout, self.tile, column - c, UNIT, UNIT, apart.as_mut_ptr(), scales.as_mut_ptr());
+                apart_column::<V>(apart.as_ptr(), c)
+            }
         };
         V::fma(scale, V::to_f(q), bias)
     }
+}
+
+/// One of the two nibbles of a byte of each row.
+#[inline(always)]
+unsafe fn nibble<V: Simd>(bytes: *const u8, i: usize) -> V::I {
+    V::and_i(V::shr_i(V::load_u8(bytes), (i % 2 * 4) as u32), V::splat_i(15))
+}
+
+/// `(2·n + 1)·unit` times the half at `d`.
+#[inline(always)]
+unsafe fn odd<V: Simd>(n: V::I, unit: f32, d: *const u8) -> V::F {
+    let scale = V::to_f(V::or_i(V::shl_i::<1>(n), V::splat_i(1)));
+    V::mul(V::mul(V::load_f16(d.cast()), scale), V::splat(unit))
 }
 
 /// Half of an E4M3 number.
@@ -122,17 +160,27 @@ unsafe fn e8m0_half<V: Simd>(e: V::I) -> V::F {
     V::mul(V::max(V::from_bits(V::shl_i::<23>(e)), V::splat(f32::from_bits(0x0040_0000))), V::splat(0.5))
 }
 
-/// Writes a quantised tile as an `F32` tile, `[cols][16]`.
+/// Column `c` of numbers that were taken apart.
+#[inline(always)]
+unsafe fn apart_column<V: Simd>(codes: *const u8, c: usize) -> V::I {
+    V::and_i(V::shr_i(V::load_i(codes.add(c / 4 * 64).cast()), (c % 4 * 8) as u32), V::splat_i(255))
+}
+
+/// Writes a quantised tile as an `F32` tile, `[cols][16]`. `unpack` is that of the same set.
 ///
 /// # Safety
 /// `tile` has `layout.tile_bytes()` bytes, `out` takes `16·cols` values.
 #[inline(always)]
-pub(crate) unsafe fn dequantise_tile<V: Simd>(layout: &PackedLayout, tile: *const u8, out: *mut f32) {
-    let format = Blocks::of(layout, tile);
-    for first in (0..layout.cols).step_by(format.group) {
-        let scales = format.scales::<V>(first);
-        for column in first..first + format.group {
-            V::store(out.add(column * LANES), format.column::<V>(column, scales));
+pub(crate) unsafe fn dequantise_tile<V: Simd>(unpack: UnpackPanel, layout: &PackedLayout, tile: *const u8, out: *mut f32) {
+    // No group has fewer columns.
+    const GROUP: usize = 16;
+    let (mut codes, mut scales) = ([0; UNPACKED_UNIT], [0.0; UNIT / GROUP * 2 * LANES]);
+    for first in (0..layout.cols).step_by(UNIT) {
+        unpack(layout, tile, first, UNIT, GROUP, codes.as_mut_ptr(), scales.as_mut_ptr());
+        for c in 0..UNIT {
+            let at = scales.as_ptr().add(c / GROUP * 2 * LANES);
+            let q = V::to_f(apart_column::<V>(codes.as_ptr(), c));
+            V::store(out.add((first + c) * LANES), V::fma(V::load(at), q, V::load(at.add(LANES))));
         }
     }
 }

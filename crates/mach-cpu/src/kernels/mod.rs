@@ -146,7 +146,7 @@ macro_rules! for_all_kernels {
             V products::quantise_row(to: &QuantRows, row: usize);
             V unpack::unpack_panel(layout: &PackedLayout, tile: *const u8, first: usize, columns: usize, block: usize, codes: *mut u8, scales: *mut f32);
             K products::quant_tile(unpack: UnpackPanel, layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32);
-            V blocks::dequantise_tile(layout: &PackedLayout, tile: *const u8, out: *mut f32);
+            V blocks::dequantise_tile(unpack: UnpackPanel, layout: &PackedLayout, tile: *const u8, out: *mut f32);
             V plain::plain_tiles(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32);
             V rows::rms_norm(x: *const f32, w: *const f32, n: usize, eps: f32, out: *mut f32);
             V rows::add(x: *mut f32, y: *const f32, n: usize);

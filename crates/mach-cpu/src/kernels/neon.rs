@@ -180,6 +180,23 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn xor_i(a: I, b: I) -> I {
+        each!(i => veorq_s32(a[i], b[i]))
+    }
+    #[inline(always)]
+    unsafe fn add_bytes(a: I, b: I) -> I {
+        each!(i => vreinterpretq_s32_s8(vaddq_s8(vreinterpretq_s8_s32(a[i]), vreinterpretq_s8_s32(b[i]))))
+    }
+    #[inline(always)]
+    unsafe fn equal_bytes(a: I, b: I) -> I {
+        each!(i => vreinterpretq_s32_u8(vceqq_s8(vreinterpretq_s8_s32(a[i]), vreinterpretq_s8_s32(b[i]))))
+    }
+    #[inline(always)]
+    unsafe fn spread_byte(a: I) -> I {
+        let lowest = vld1q_u8([0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12].as_ptr());
+        each!(i => vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(a[i]), lowest)))
+    }
+    #[inline(always)]
     unsafe fn lookup(table: &[u8; 16], a: I) -> I {
         let table = vld1q_u8(table.as_ptr());
         each!(i => vreinterpretq_s32_u8(vqtbl1q_u8(table, vreinterpretq_u8_s32(a[i]))))
@@ -276,7 +293,7 @@ impl Kernel for Neon {
         let mut out = [[vdupq_n_s32(0); 4]; R];
         for quad in 0..4 {
             let mut acc = [[[vdupq_n_s16(0); 2]; 2]; R];
-            if BITS == 6 {
+            if const { BITS == 6 } {
                 // One product of 6 bits in each of 16 columns' four lines: 4·63·128 = 32,256.
                 for (four, codes) in six_bits(w.add(quad * 16)).into_iter().enumerate() {
                     for r in 0..R {
@@ -284,11 +301,11 @@ impl Kernel for Neon {
                     }
                 }
             }
-            for line in 0..if BITS == 6 { 0 } else { BLK * BITS as usize / 32 } {
+            for line in 0..if const { BITS == 6 } { 0 } else { BLK * BITS as usize / 32 } {
                 let [low, high] = nibbles(vld1q_u8(w.add(line * 64 + quad * 16)));
                 for r in 0..R {
                     let at = x[r].add(line * 32 / BITS as usize);
-                    if BITS == 4 {
+                    if const { BITS == 4 } {
                         multiply_add(&mut acc[r][0], low, broadcast(at));
                         multiply_add(&mut acc[r][0], high, broadcast(at.add(4)));
                     } else {
@@ -299,7 +316,7 @@ impl Kernel for Neon {
             }
             for r in 0..R {
                 out[r][quad] = sum_rows(acc[r][0]);
-                if BITS == 8 {
+                if const { BITS == 8 } {
                     out[r][quad] = vaddq_s32(out[r][quad], vshlq_n_s32::<4>(sum_rows(acc[r][1])));
                 }
             }

@@ -20,12 +20,12 @@ impl Kernel for NeonDot {
     #[inline(always)]
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], sums: [i32; R]) -> [[int32x4_t; 4]; R] {
         let mut out = [[vdupq_n_s32(0); 4]; R];
-        if BITS == 8 {
+        if const { BITS == 8 } {
             for r in 0..R {
                 out[r] = [vdupq_n_s32(128 * sums[r]); 4];
             }
         }
-        if BITS == 6 {
+        if const { BITS == 6 } {
             for quad in 0..4 {
                 for sixteen in 0..BLK / 16 {
                     let codes = six_bits(w.add(sixteen * 192 + quad * 16));
@@ -37,18 +37,18 @@ impl Kernel for NeonDot {
                 }
             }
         }
-        for line in 0..if BITS == 6 { 0 } else { BLK * BITS as usize / 32 } {
+        for line in 0..if const { BITS == 6 } { 0 } else { BLK * BITS as usize / 32 } {
             let (mut x0, mut x1) = ([vdupq_n_s8(0); R], [vdupq_n_s8(0); R]);
             for r in 0..R {
                 let at = x[r].add(line * 32 / BITS as usize);
                 x0[r] = broadcast(at);
-                if BITS == 4 {
+                if const { BITS == 4 } {
                     x1[r] = broadcast(at.add(4));
                 }
             }
             for quad in 0..4 {
                 let bytes = vld1q_u8(w.add(line * 64 + quad * 16));
-                if BITS == 4 {
+                if const { BITS == 4 } {
                     let [low, high] = nibbles(bytes);
                     for r in 0..R {
                         sdot(&mut out[r][quad], low, x0[r]);

@@ -22,9 +22,9 @@ unsafe fn usmmla(acc: &mut int32x4_t, w: int8x16_t, x: int8x16_t) {
 /// Columns `k..k + 4` and `k + 4..k + 8` of four rows, for 8 columns at step `step`.
 #[inline(always)]
 unsafe fn eight_columns<const BITS: u8>(w: *const u8, step: usize, quad: usize) -> [int8x16_t; 2] {
-    if BITS == 4 {
+    if const { BITS == 4 } {
         nibbles(vld1q_u8(w.add(step * 64 + quad * 16)))
-    } else if BITS == 6 {
+    } else if const { BITS == 6 } {
         let codes = six_bits(w.add(step / 2 * 192 + quad * 16));
         if step % 2 == 0 { [codes[0], codes[1]] } else { [codes[2], codes[3]] }
     } else {

@@ -63,7 +63,7 @@ unsafe fn plain_rows<V: Simd, const FORMAT: u8, const T: usize, const R: usize>(
     rows: &[u32],
     out: [*mut f32; T],
 ) {
-    let line = if FORMAT == 0 { 128 } else { 64 };
+    let line = if const { FORMAT == 0 } { 128 } else { 64 };
     let mut acc = [[[V::splat(0.0); 2]; R]; T];
     let mut x = [acts.x; R];
     for r in 0..R {
@@ -75,7 +75,7 @@ unsafe fn plain_rows<V: Simd, const FORMAT: u8, const T: usize, const R: usize>(
     if cols % 2 == 1 {
         let last = x.map(|x| *x.add(cols - 1));
         let at = cols / 2 * line;
-        if FORMAT == 0 {
+        if const { FORMAT == 0 } {
             for t in 0..T {
                 let w = V::load(tiles[t].add(at).cast());
                 for r in 0..R {
@@ -88,7 +88,7 @@ unsafe fn plain_rows<V: Simd, const FORMAT: u8, const T: usize, const R: usize>(
     }
     for t in 0..T {
         for r in 0..R {
-            let sum = if FORMAT == 1 { V::f16_pair_sum(acc[t][r]) } else { V::add(acc[t][r][0], acc[t][r][1]) };
+            let sum = if const { FORMAT == 1 } { V::f16_pair_sum(acc[t][r]) } else { V::add(acc[t][r][0], acc[t][r][1]) };
             V::store(out[t].add(r * LANES), sum);
         }
     }
@@ -117,7 +117,7 @@ unsafe fn plain_step<V: Simd, const FORMAT: u8, const T: usize, const R: usize>(
             }
         };
         for r in 0..R {
-            let x = if FORMAT == 1 { V::f16_pair_x(x[r].0, x[r].1) } else { [V::splat(x[r].0), V::splat(x[r].1)] };
+            let x = if const { FORMAT == 1 } { V::f16_pair_x(x[r].0, x[r].1) } else { [V::splat(x[r].0), V::splat(x[r].1)] };
             acc[t][r][0] = V::fma(w[0], x[0], acc[t][r][0]);
             acc[t][r][1] = V::fma(w[1], x[1], acc[t][r][1]);
         }

@@ -180,7 +180,7 @@ pub(crate) unsafe fn quant_tile<K: Kernel>(unpack: UnpackPanel, layout: &PackedL
     }
     for (i, &row) in rows.iter().enumerate() {
         if *acts.outliers.add(row as usize) > 0 {
-            add_outliers::<K::V>(tile.format, acts, row as usize, out.add(i * LANES));
+            add_outliers::<K::V>(&tile, acts, row as usize, out.add(i * LANES));
         }
     }
 }
@@ -203,7 +203,6 @@ unsafe fn quant_planes<K: Kernel, const PLANES: usize>(tile: &Tile<'_>, acts: &Q
         (Codes::Bits(6), 16) => quant_blocks::<K, PLANES, 6, 16>(tile, acts, rows, out),
         (Codes::Bits(8), 64) => quant_blocks::<K, PLANES, 8, 64>(tile, acts, rows, out),
         (Codes::Bits(8), 32) => quant_blocks::<K, PLANES, 8, 32>(tile, acts, rows, out),
-        (_, 64) => quant_blocks::<K, PLANES, APART, 64>(tile, acts, rows, out),
         (_, 32) => quant_blocks::<K, PLANES, APART, 32>(tile, acts, rows, out),
         _ => quant_blocks::<K, PLANES, APART, 16>(tile, acts, rows, out),
     }
@@ -216,10 +215,9 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
     if wide {
         K::begin::<BLK>();
     }
-    // Integers of 16 bits times bytes take half the instructions of two planes times nibbles.
-    let whole = K::V::I16 && PLANES == 2;
-    // With planes, nibbles are taken apart as fast as bytes are loaded.
-    let many = BITS == 6 && rows.len() >= UNPACK_FROM[0] || BITS == 4 && whole && rows.len() >= UNPACK_FROM[1];
+    // Integers of 16 bits times bytes take half the instructions of two planes times nibbles; with planes, nibbles are taken
+    // apart as fast as bytes are loaded.
+    let many = BITS == 6 && rows.len() >= UNPACK_FROM[0] || BITS == 4 && K::V::I16 && PLANES == 2 && rows.len() >= UNPACK_FROM[1];
     let unpack = BITS == APART || K::UNPACKS && !wide && many;
     let mut unpacked = Unpacked { codes: [MaybeUninit::uninit(); _], scales: [MaybeUninit::uninit(); _] };
     let columns = if unpack { UNPACKED_PANEL } else { PANEL };
@@ -233,17 +231,26 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
         while i < rows.len() {
             let (rest, to) = (&rows[i..], out.add(i * LANES));
             let (format, panel) = (tile.format, panel.clone());
-            i += if wide {
-                quant_wide::<K, PLANES, BITS, BLK>(format, &unpacked, acts, rest, panel, to)
-            } else if unpack && whole {
-                next_rows::<K, 1, BITS, BLK, true, true>(format, &unpacked, acts, rest, panel, to)
-            } else if unpack {
-                next_rows::<K, PLANES, BITS, BLK, false, true>(format, &unpacked, acts, rest, panel, to)
-            } else if whole && BITS == 8 {
-                next_rows::<K, 1, BITS, BLK, true, false>(format, &unpacked, acts, rest, panel, to)
-            } else {
-                next_rows::<K, PLANES, BITS, BLK, false, false>(format, &unpacked, acts, rest, panel, to)
-            };
+            // Conditions in `const` leave no code behind where they do not hold.
+            if const { K::WIDE } && wide {
+                i += quant_wide::<K, PLANES, BITS, BLK>(format, &unpacked, acts, rest, panel, to);
+                continue;
+            }
+            if const { BITS == APART || K::UNPACKS && BITS != 8 } && unpack {
+                i += if const { K::V::I16 && PLANES == 2 } {
+                    next_rows::<K, 1, BITS, BLK, true, true>(format, &unpacked, acts, rest, panel, to)
+                } else {
+                    next_rows::<K, PLANES, BITS, BLK, false, true>(format, &unpacked, acts, rest, panel, to)
+                };
+                continue;
+            }
+            if const { BITS != APART } {
+                i += if const { K::V::I16 && PLANES == 2 && BITS == 8 } {
+                    next_rows::<K, 1, BITS, BLK, true, false>(format, &unpacked, acts, rest, panel, to)
+                } else {
+                    next_rows::<K, PLANES, BITS, BLK, false, false>(format, &unpacked, acts, rest, panel, to)
+                };
+            }
         }
     }
     if wide {
@@ -331,7 +338,7 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
                 x[r] = acts.whole.add(rows[r] as usize * acts.cols + j * BLK);
             }
             K::dot_i16::<BLK, P>(codes, x)
-        } else if BITS == APART {
+        } else if const { BITS == APART } {
             K::dot::<8, BLK, P>(codes, x, sums)
         } else if UNPACKED {
             K::dot_unpacked::<BLK, P>(codes, x)
@@ -340,7 +347,7 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
         };
         for r in 0..P / PLANES {
             let at = rows[r] as usize * blocks + j;
-            let isum = if PLANES == 2 { K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };
+            let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };
             acc[r] = add_block::<K::V>(acts, at, isum, scale, bias, acc[r]);
         }
     }
@@ -383,7 +390,7 @@ unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
             x[p] = acts.plane(rows[p / PLANES] as usize, p % PLANES, j).0;
         }
         let (codes, scale, bias);
-        if BITS == APART {
+        if const { BITS == APART } {
             (codes, scale, bias) = unpacked.block::<K::V, BLK>(j - first);
             K::dot_wide::<8, BLK>(codes, &x[..PLANES * n], &mut isum);
         } else {
@@ -393,7 +400,7 @@ unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
         for r in 0..n {
             let at = rows[r] as usize * blocks + j;
             let sum = |plane: usize| K::V::load_i(isum[r * PLANES + plane].as_ptr());
-            let isum = if PLANES == 2 { K::V::add_i(K::V::shl_i::<8>(sum(0)), sum(1)) } else { sum(0) };
+            let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(sum(0)), sum(1)) } else { sum(0) };
             acc[r] = add_block::<K::V>(acts, at, isum, scale, bias, acc[r]);
         }
     }
@@ -405,8 +412,8 @@ unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
 
 /// Adds the columns that were left out of the blocks, in f32.
 #[inline(always)]
-unsafe fn add_outliers<V: Simd>(format: Blocks, acts: &QuantRows, row: usize, out: *mut f32) {
-    let x = *acts.x.add(row);
+unsafe fn add_outliers<V: Simd>(tile: &Tile<'_>, acts: &QuantRows, row: usize, out: *mut f32) {
+    let (x, format) = (*acts.x.add(row), tile.format);
     let mut acc = V::load(out);
     let (mut last, mut scales) = (usize::MAX, (V::splat(0.0), V::splat(0.0)));
     for word in 0..acts.words() {
@@ -418,7 +425,7 @@ unsafe fn add_outliers<V: Simd>(format: Blocks, acts: &QuantRows, row: usize, ou
                 scales = format.scales::<V>(column);
                 last = column / format.group;
             }
-            acc = V::fma(format.column::<V>(column, scales), V::splat(*x.add(column)), acc);
+            acc = V::fma(format.column::<V>(tile.unpack, tile.layout, column, scales), V::splat(*x.add(column)), acc);
         }
     }
     V::store(out, acc);

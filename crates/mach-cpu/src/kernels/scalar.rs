@@ -152,6 +152,23 @@ impl Simd for Scalar {
         p.cast::<Self::I>().write_unaligned(a);
     }
     #[inline(always)]
+    unsafe fn xor_i(a: Self::I, b: Self::I) -> Self::I {
+        zip(a, b, |a, b| a ^ b)
+    }
+    #[inline(always)]
+    unsafe fn add_bytes(a: Self::I, b: Self::I) -> Self::I {
+        // The upper bit of each byte apart, so that nothing is carried out of it.
+        zip(a, b, |a, b| ((a & 0x7f7f_7f7f) + (b & 0x7f7f_7f7f)) ^ ((a ^ b) & i32::from_ne_bytes([0x80; 4])))
+    }
+    #[inline(always)]
+    unsafe fn equal_bytes(a: Self::I, b: Self::I) -> Self::I {
+        zip(a, b, |a, b| i32::from_le_bytes((a ^ b).to_le_bytes().map(|x| if x == 0 { 255 } else { 0 })))
+    }
+    #[inline(always)]
+    unsafe fn spread_byte(a: Self::I) -> Self::I {
+        a.map(|x| i32::from_ne_bytes([x as u8; 4]))
+    }
+    #[inline(always)]
     unsafe fn lookup(table: &[u8; 16], a: Self::I) -> Self::I {
         a.map(|x| i32::from_le_bytes(x.to_le_bytes().map(|i| table[usize::from(i & 15)])))
     }

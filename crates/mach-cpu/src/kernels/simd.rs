@@ -55,6 +55,40 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn store_i(p: *mut u8, a: Self::I);
     /// Every byte, below 16, replaced by what the table has there.
     unsafe fn lookup(table: &[u8; 16], a: Self::I) -> Self::I;
+    unsafe fn xor_i(a: Self::I, b: Self::I) -> Self::I;
+    /// Sums of bytes, without carries between them.
+    unsafe fn add_bytes(a: Self::I, b: Self::I) -> Self::I;
+    /// All bits of the bytes that are equal.
+    unsafe fn equal_bytes(a: Self::I, b: Self::I) -> Self::I;
+    /// The lowest byte of every lane in all four.
+    unsafe fn spread_byte(a: Self::I) -> Self::I;
+    /// What the table has at each lane's index.
+    ///
+    /// # Safety
+    /// Every lane is an index of the table.
+    #[inline(always)]
+    unsafe fn gather4(table: &[u32], index: Self::I) -> Self::I {
+        let mut at = [0_u32; LANES];
+        Self::store_i(at.as_mut_ptr().cast(), index);
+        for lane in &mut at {
+            *lane = *table.get_unchecked(*lane as usize);
+        }
+        Self::load_i(at.as_ptr().cast())
+    }
+    /// The same with entries of eight bytes: the first four of each, then the others.
+    ///
+    /// # Safety
+    /// As [`Simd::gather4`].
+    #[inline(always)]
+    unsafe fn gather8(table: &[u64], index: Self::I) -> [Self::I; 2] {
+        let (mut low, mut high) = ([0_u32; LANES], [0_u32; LANES]);
+        Self::store_i(low.as_mut_ptr().cast(), index);
+        for i in 0..LANES {
+            let entry = *table.get_unchecked(low[i] as usize);
+            (low[i], high[i]) = (entry as u32, (entry >> 32) as u32);
+        }
+        [Self::load_i(low.as_ptr().cast()), Self::load_i(high.as_ptr().cast())]
+    }
     /// 16 bytes, widened.
     unsafe fn load_u8(p: *const u8) -> Self::I;
     unsafe fn load_i8(p: *const i8) -> Self::I;

@@ -14,7 +14,7 @@ impl Kernel for Vnni {
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], _: [i32; R]) -> [__m512i; R] {
         let nibble = _mm512_set1_epi8(15);
         let mut out = [[_mm512_setzero_si512(); 2]; R];
-        if BITS == 6 {
+        if const { BITS == 6 } {
             for sixteen in 0..BLK / 16 {
                 let codes = six_bits(w.add(sixteen * 192));
                 for r in 0..R {
@@ -25,12 +25,12 @@ impl Kernel for Vnni {
                 }
             }
         }
-        for line in 0..if BITS == 6 { 0 } else { BLK * BITS as usize / 32 } {
+        for line in 0..if const { BITS == 6 } { 0 } else { BLK * BITS as usize / 32 } {
             let bytes = _mm512_loadu_si512(w.add(line * 64).cast());
             for r in 0..R {
                 let at = x[r].add(line * 32 / BITS as usize).cast::<i32>();
                 let x0 = _mm512_set1_epi32(at.read_unaligned());
-                if BITS == 4 {
+                if const { BITS == 4 } {
                     let x1 = _mm512_set1_epi32(at.add(1).read_unaligned());
                     let high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble);
                     out[r][0] = _mm512_dpbusd_epi32(out[r][0], _mm512_and_si512(bytes, nibble), x0);

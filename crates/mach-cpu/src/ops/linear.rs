@@ -54,7 +54,9 @@ pub(crate) enum Acts {
 /// Columns per activation block for a quantised format, `None` for a plain one.
 pub(crate) fn block(format: WeightFormat) -> Option<usize> {
     match format {
-        WeightFormat::Affine { group, .. } => Some(usize::from(group.min(64))),
+        WeightFormat::Affine { bits: 4 | 8, group, .. } => Some(usize::from(group.min(64))),
+        // Every group has whole blocks of these.
+        WeightFormat::Affine { .. } => Some(32),
         WeightFormat::Block(block) => Some(block.group()),
         _ => None,
     }
@@ -163,7 +165,7 @@ unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count
             }
             Acts::Exact(x) => with_scratch(layout.cols * LANES * count, |wide| {
                 for t in 0..count {
-                    (cx.k.dequantise_tile)(layout, data.add(t * layout.tile_bytes()), wide.as_mut_ptr().add(t * layout.cols * LANES));
+                    (cx.k.dequantise_tile)(cx.k.unpack_panel, layout, data.add(t * layout.tile_bytes()), wide.as_mut_ptr().add(t * layout.cols * LANES));
                 }
                 let layout = PackedLayout::new(layout.rows, layout.cols, WeightFormat::F32);
                 (cx.k.plain_tiles)(&layout, wide.as_ptr().cast(), count, x, rows, out);

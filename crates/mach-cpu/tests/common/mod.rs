@@ -45,7 +45,7 @@ pub const fn fp8(group: u16, scales: ScaleType) -> WeightFormat {
 /// How many of [`FORMATS`] the first fingerprint of products covers; others are appended.
 pub const FIRST_FORMATS: usize = 12;
 
-pub const FORMATS: [WeightFormat; 21] = [
+pub const FORMATS: [WeightFormat; 37] = [
     WeightFormat::F32,
     WeightFormat::F16,
     WeightFormat::BF16,
@@ -67,6 +67,22 @@ pub const FORMATS: [WeightFormat; 21] = [
     fp8(64, ScaleType::F16),
     fp8(128, ScaleType::F32),
     WeightFormat::Block(BlockFormat::Nvfp4),
+    WeightFormat::Block(BlockFormat::Q4_0),
+    WeightFormat::Block(BlockFormat::Q4_1),
+    WeightFormat::Block(BlockFormat::Q5_0),
+    WeightFormat::Block(BlockFormat::Q5_1),
+    WeightFormat::Block(BlockFormat::Q2K),
+    WeightFormat::Block(BlockFormat::Q3K),
+    WeightFormat::Block(BlockFormat::Q5K),
+    WeightFormat::Block(BlockFormat::Iq2Xxs),
+    WeightFormat::Block(BlockFormat::Iq2Xs),
+    WeightFormat::Block(BlockFormat::Iq2S),
+    WeightFormat::Block(BlockFormat::Iq3Xxs),
+    WeightFormat::Block(BlockFormat::Iq3S),
+    WeightFormat::Block(BlockFormat::Iq1S),
+    WeightFormat::Block(BlockFormat::Iq1M),
+    WeightFormat::Block(BlockFormat::Iq4Nl),
+    WeightFormat::Block(BlockFormat::Iq4Xs),
 ];
 
 fn put_scale(ty: ScaleType, x: f32, out: &mut [u8], i: usize) {
@@ -84,6 +100,17 @@ fn largest(kind: BlockFormat) -> f32 {
         BlockFormat::Q4K => 7.5 * 40.0,
         BlockFormat::Q6K => 32.0 * 80.0,
         BlockFormat::Mxfp4 | BlockFormat::Nvfp4 => 1.0,
+        BlockFormat::Q4_0 | BlockFormat::Q4_1 => 8.0,
+        BlockFormat::Q5_0 | BlockFormat::Q5_1 => 16.0,
+        BlockFormat::Q2K => 2.0 * 10.0,
+        BlockFormat::Q3K => 4.0 * 20.0,
+        BlockFormat::Q5K => 16.0 * 40.0,
+        BlockFormat::Iq2Xxs | BlockFormat::Iq2Xs | BlockFormat::Iq2S => 43.0 * 2.0,
+        BlockFormat::Iq3Xxs => 62.0 * 4.0,
+        BlockFormat::Iq3S => 15.0 * 16.0,
+        BlockFormat::Iq1S | BlockFormat::Iq1M => 8.0,
+        BlockFormat::Iq4Nl => 127.0,
+        BlockFormat::Iq4Xs => 127.0 * 20.0,
     }
 }
 
@@ -152,7 +179,8 @@ fn fill_tile(rng: &mut Rng, layout: &PackedLayout, rows: usize, tile: &mut [u8])
                 let d = 3.5 * size / largest(kind);
                 for byte in &mut block[lines..lines + bytes * 16] {
                     *byte = match kind {
-                        BlockFormat::Q4K => rng.below(64) as u8,
+                        BlockFormat::Q4K | BlockFormat::Q5K => rng.below(64) as u8,
+                        BlockFormat::Q3K | BlockFormat::Iq4Xs => (rng.below(64) as i8 - 32) as u8,
                         BlockFormat::Mxfp4 => 121 + rng.below(3) as u8,
                         // 1 to 2.
                         BlockFormat::Nvfp4 => 0x38 + rng.below(8) as u8,

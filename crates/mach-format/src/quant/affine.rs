@@ -58,6 +58,13 @@ pub(crate) fn get(ty: ScaleType, at: &[u8]) -> f32 {
     }
 }
 
+/// Adds a number to the end of `out`.
+pub(crate) fn push(ty: ScaleType, x: f32, out: &mut Vec<u8>) {
+    let end = out.len();
+    out.resize(end + ty.bytes(), 0);
+    put(ty, x, &mut out[end..]);
+}
+
 /// Affine parameters of a group and what they cost.
 #[derive(Clone, Copy)]
 struct Fit {

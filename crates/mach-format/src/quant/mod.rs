@@ -2,6 +2,10 @@
 
 pub mod affine;
 pub mod fp8;
+pub mod grids;
+pub(crate) mod iq;
+mod k;
+mod legacy;
 pub(crate) mod mxfp4;
 pub(crate) mod nvfp4;
 pub(crate) mod q4_k;
@@ -11,6 +15,7 @@ pub(crate) mod units;
 
 use half::f16;
 
+use self::units::codec as codec_of;
 use crate::format::BlockFormat;
 use crate::packed::TILE_ROWS;
 
@@ -26,10 +31,30 @@ pub(crate) struct Codec {
     pub(crate) pack: fn(&[u8], &mut [u8], usize),
 }
 
-static MXFP4: Codec = units::codec::<mxfp4::Mxfp4>();
-
 /// Every block type that has kernels.
-static CODECS: [&Codec; 5] = [&q8_0::CODEC, &q4_k::CODEC, &q6_k::CODEC, &MXFP4, &nvfp4::CODEC];
+static CODECS: [Codec; 21] = [
+    q8_0::CODEC,
+    q4_k::CODEC,
+    q6_k::CODEC,
+    codec_of::<legacy::Q40>(),
+    codec_of::<legacy::Q41>(),
+    codec_of::<legacy::Q50>(),
+    codec_of::<legacy::Q51>(),
+    codec_of::<k::Q2K>(),
+    codec_of::<k::Q3K>(),
+    codec_of::<k::Q5K>(),
+    codec_of::<iq::Iq2Xxs>(),
+    codec_of::<iq::Iq2Xs>(),
+    codec_of::<iq::Iq2S>(),
+    codec_of::<iq::Iq3Xxs>(),
+    codec_of::<iq::Iq3S>(),
+    codec_of::<iq::Iq1S>(),
+    codec_of::<iq::Iq1M>(),
+    codec_of::<legacy::Iq4Nl>(),
+    codec_of::<k::Iq4Xs>(),
+    codec_of::<mxfp4::Mxfp4>(),
+    codec_of::<nvfp4::Nvfp4>(),
+];
 
 /// The format of a GGUF type, if it can be computed with.
 pub(crate) fn block_format(ggml: u32) -> Option<BlockFormat> {
@@ -42,13 +67,8 @@ pub(crate) fn ggml_type(format: BlockFormat) -> Option<u32> {
 }
 
 pub(crate) fn codec(format: BlockFormat) -> &'static Codec {
-    match format {
-        BlockFormat::Q8_0 => &q8_0::CODEC,
-        BlockFormat::Q4K => &q4_k::CODEC,
-        BlockFormat::Q6K => &q6_k::CODEC,
-        BlockFormat::Mxfp4 => &MXFP4,
-        BlockFormat::Nvfp4 => &nvfp4::CODEC,
-    }
+    // In the order of the formats, which a test holds.
+    &CODECS[format as usize]
 }
 
 /// A row of blocks → its values. `global` is the f32 beside the row, of NVFP4 alone.
@@ -117,7 +137,7 @@ mod tests {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (seed >> 24) as u8
         };
-        for format in CODECS.map(|c| c.format) {
+        for format in CODECS.iter().map(|c| c.format) {
             for rows in [1, 5, 16] {
                 let (cols, source) = (512, format.source_bytes());
                 let layout = PackedLayout::new(rows, cols, WeightFormat::Block(format));
@@ -126,11 +146,14 @@ mod tests {
                 for block in data.chunks_exact_mut(source) {
                     // Halves (and exponents) of a sane size where the scales lie.
                     let (high, places): (u8, &[usize]) = match format {
-                        BlockFormat::Q8_0 => (0x20, &[1]),
-                        BlockFormat::Q4K => (0x20, &[1, 3]),
+                        BlockFormat::Q4K | BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q5K => (0x20, &[1, 3]),
                         BlockFormat::Q6K => (0x20, &[209]),
+                        BlockFormat::Q2K => (0x20, &[81, 83]),
+                        BlockFormat::Q3K => (0x20, &[109]),
+                        BlockFormat::Iq1M => (0x20, &[55]),
                         BlockFormat::Mxfp4 => (0x70, &[0]),
                         BlockFormat::Nvfp4 => (0x30, &[0, 1]),
+                        _ => (0x20, &[1]),
                     };
                     for &at in places {
                         block[at] = high | block[at] & 0x0f;
@@ -160,9 +183,9 @@ mod tests {
     /// Protects the table: every format is found by its number.
     #[test]
     fn formats_have_numbers() {
-        for codec in CODECS {
-            assert_eq!(super::codec(codec.format).ggml, codec.ggml);
-            assert!(codec.ggml.is_none_or(|ggml| block_format(ggml) == Some(codec.format)));
+        for found in &CODECS {
+            assert_eq!(codec(found.format).format, found.format);
+            assert!(found.ggml.is_none_or(|ggml| block_format(ggml) == Some(found.format)));
         }
         assert_eq!(block_format(0), None);
     }

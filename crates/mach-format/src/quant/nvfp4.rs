@@ -4,17 +4,14 @@
 //! Checkpoints keep all three apart. A block here is 32 values of a row: two scales, then 16 bytes of neighbours; the global
 //! scale of each row lies beside its blocks, in a packed tile after all of them.
 
-use super::Codec;
 use super::fp8::e4m3;
-use super::units::{Units, codec};
+use super::units::Units;
 use crate::format::{BlockFormat, E2M1};
 use crate::packed::{TILE_ROWS, UNIT};
 
 const BLOCK: usize = 18;
 
-pub(super) static CODEC: Codec = codec::<Nvfp4>();
-
-struct Nvfp4;
+pub(super) struct Nvfp4;
 
 impl Units for Nvfp4 {
     const FORMAT: BlockFormat = BlockFormat::Nvfp4;

@@ -5,7 +5,7 @@ use super::{Codec, half_at, nibble_word, put_word, u64_at};
 use crate::format::BlockFormat;
 use crate::packed::TILE_ROWS;
 
-pub(crate) static CODEC: Codec = Codec { format: BlockFormat::Q4K, ggml: Some(12), dequantise, pack };
+pub(super) const CODEC: Codec = Codec { format: BlockFormat::Q4K, ggml: Some(12), dequantise, pack };
 
 /// Where the nibbles begin.
 const QS: usize = 16;
@@ -13,7 +13,7 @@ const QS: usize = 16;
 const LINES: usize = 256 * TILE_ROWS / 2;
 
 /// Scale and minimum of group `j`.
-fn group(block: &[u8], j: usize) -> (u8, u8) {
+pub(super) fn group(block: &[u8], j: usize) -> (u8, u8) {
     let s = &block[4..QS];
     if j < 4 { (s[j] & 63, s[j + 4] & 63) } else { (s[j + 4] & 15 | s[j - 4] >> 6 << 4, s[j + 4] >> 4 | s[j] >> 6 << 4) }
 }

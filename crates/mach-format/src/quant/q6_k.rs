@@ -5,7 +5,7 @@ use super::{Codec, half_at, nibble_word, put_word, u64_at};
 use crate::format::BlockFormat;
 use crate::packed::TILE_ROWS;
 
-pub(crate) static CODEC: Codec = Codec { format: BlockFormat::Q6K, ggml: Some(14), dequantise, pack };
+pub(super) const CODEC: Codec = Codec { format: BlockFormat::Q6K, ggml: Some(14), dequantise, pack };
 
 const QH: usize = 128;
 const SCALES: usize = 192;

@@ -4,7 +4,7 @@ use super::{Codec, half_at, put_word, u64_at};
 use crate::format::BlockFormat;
 use crate::packed::TILE_ROWS;
 
-pub(crate) static CODEC: Codec = Codec { format: BlockFormat::Q8_0, ggml: Some(8), dequantise, pack };
+pub(super) const CODEC: Codec = Codec { format: BlockFormat::Q8_0, ggml: Some(8), dequantise, pack };
 
 fn dequantise(block: &[u8], out: &mut [f32]) {
     let d = half_at(block, 0);

@@ -1,8 +1,8 @@
 //! What block formats have in common: numbers in units of 32 columns, scales by group.
 
 use super::{Codec, nibble_word, put_word, u64_at};
-use crate::format::{BlockFormat, Codes, E2M1};
-use crate::packed::UNIT;
+use crate::format::{BlockFormat, Codes, E2M1, IQ4};
+use crate::packed::{TILE_ROWS, UNIT};
 
 /// How the blocks of a format are read, from which [`codec`] makes the rest.
 pub(super) trait Units {
@@ -10,7 +10,7 @@ pub(super) trait Units {
     /// Number of the type in GGUF files, where they have it.
     const GGML: Option<u32>;
 
-    /// The stored numbers of unit `u` of a block in the order of columns.
+    /// The numbers of unit `u` of a block in the order of columns: as they are stored, or points of a grid with their signs.
     fn numbers(block: &[u8], u: usize) -> [u8; UNIT];
 
     /// Scale and minimum of group `g`: a value is `scale·number − min`, or `scale·(number − offset)` where there is none.
@@ -46,9 +46,12 @@ fn dequantise<B: Units>(block: &[u8], out: &mut [f32]) {
 
 /// What stored numbers stand for.
 fn values(codes: Codes, mut numbers: [u8; UNIT]) -> [u8; UNIT] {
-    if codes == Codes::E2m1 {
-        numbers.iter_mut().for_each(|q| *q = E2M1[usize::from(*q)]);
-    }
+    let table = match codes {
+        Codes::E2m1 => E2M1,
+        Codes::Iq4 => IQ4,
+        _ => return numbers,
+    };
+    numbers.iter_mut().for_each(|q| *q = table[usize::from(*q)]);
     numbers
 }
 
@@ -61,12 +64,9 @@ fn pack<B: Units>(block: &[u8], out: &mut [u8], row: usize) {
     B::params(block, params, row);
 }
 
-/// The words of one row of a unit's lines.
+/// The words of one row of a unit's lines, for bits and indices of a table.
 pub(crate) fn put_numbers(codes: Codes, numbers: &[u8; UNIT], lines: &mut [u8], row: usize) {
-    let bits = match codes {
-        Codes::Bits(bits) => bits,
-        Codes::E2m1 => 4,
-    };
+    let bits = if let Codes::Bits(bits) = codes { bits } else { 4 };
     let four = |i: usize, shift: u8, mask: u32| u32::from_le_bytes([0, 1, 2, 3].map(|j| numbers[4 * i + j])) >> shift & mask;
     let pairs = |sixteen: usize, shift: u8| (0..4).fold(0, |word, i| word | four(sixteen * 4 + i, shift, 0x0303_0303) << (2 * i));
     let nibbles = |eight: usize| nibble_word(u64_at(numbers, eight * 8) & 0x0f0f_0f0f_0f0f_0f0f);
@@ -96,4 +96,9 @@ pub(super) fn halves(bytes: &[u8]) -> [u8; UNIT] {
         (*low, *high) = (byte & 15, byte >> 4);
     }
     out
+}
+
+/// Copies the half at `at` of a block into entry `row` of the halves at line `to` of the parameters.
+pub(super) fn put_half(block: &[u8], at: usize, out: &mut [u8], to: usize, row: usize) {
+    out[to * TILE_ROWS + row * 2..][..2].copy_from_slice(&block[at..at + 2]);
 }

@@ -177,10 +177,10 @@ fn malformed_files_are_named() {
         assert!(code == expected && text.contains(what), "{what}: {code} {text}");
     }
     // Types that are known and not computed with open, and are named where they are used.
-    std::fs::write(&path, raw(3, 1, 0, &entry("t", &[256], 10, 0), 96)).unwrap();
+    std::fs::write(&path, raw(3, 1, 0, &entry("t", &[256], 34, 0), 96)).unwrap();
     let ck = Checkpoint::from_gguf(Gguf::open(&path).unwrap(), json!({}), &|_| None).unwrap();
     let error = ck.matrix("t").map(drop).unwrap_err();
-    assert!(error.code() == "unsupported-quantisation" && error.to_string().contains("Q2_K"), "{error}");
+    assert!(error.code() == "unsupported-quantisation" && error.to_string().contains("TQ1_0"), "{error}");
 }
 
 /// Protects against the files that nobody thought of: any byte changed, any length cut, and opening says what is wrong

@@ -10,7 +10,7 @@ use mach_format::{
 use serde_json::json;
 use tempfile::tempdir;
 
-use crate::support::{Tensor, plain, rounded, weights, write, write_sharded};
+use crate::support::{Tensor, plain, rounded, tensor, weights, write, write_sharded};
 
 const EXPERTS: usize = 6;
 const INNER: usize = 32;
@@ -103,6 +103,38 @@ fn a_sidecar_holds_the_packed_experts_of_its_checkpoint() {
     let other = tempdir().unwrap();
     let other = fingerprint(&source(other.path(), 2)).unwrap();
     assert_eq!(Sidecar::open(&at, &other).unwrap_err().code(), "sidecar-mismatch");
+}
+
+/// Protects quantised sources: residents are copied with all that belongs to them, experts keep their format.
+#[test]
+fn a_pack_of_a_quantised_checkpoint_keeps_its_formats() {
+    let dir = tempdir().unwrap();
+    let own = |name: &str, dtype, shape: &[usize], bytes: usize| {
+        tensor(name, dtype, shape, weights(bytes, 5).iter().map(|x| ((x.abs() * 1e6) as u8).min(0x77)).collect())
+    };
+    let tensors = [
+        own("embed.weight", "F8_E4M3", &[40, HIDDEN], 40 * HIDDEN),
+        plain("embed.weight_scale_inv", "F32", &[1, 1], &[0.25]),
+        plain("norm.weight", "F32", &[HIDDEN], &weights(HIDDEN, 2)),
+        plain("mlp.gate.weight", "BF16", &[EXPERTS, HIDDEN], &weights(EXPERTS * HIDDEN, 3)),
+        own("mlp.experts.gate_up_proj_blocks", "U8", &[EXPERTS, 2 * INNER, HIDDEN / 32, 16], EXPERTS * INNER * HIDDEN),
+        own("mlp.experts.gate_up_proj_scales", "U8", &[EXPERTS, 2 * INNER, HIDDEN / 32], EXPERTS * 2 * INNER * HIDDEN / 32),
+        own("mlp.experts.down_proj_blocks", "U8", &[EXPERTS, HIDDEN, INNER / 32, 16], EXPERTS * HIDDEN * INNER / 2),
+        own("mlp.experts.down_proj_scales", "U8", &[EXPERTS, HIDDEN, INNER / 32], EXPERTS * HIDDEN * INNER / 32),
+    ];
+    write(&dir.path().join("model"), &json!({ "quantization_config": { "quant_method": "fp8" } }), &tensors);
+    let (ck, out) = (Checkpoint::open(&dir.path().join("model")).unwrap(), dir.path().join("pack"));
+    write_pack(&ck, &out, &plan(&ck, None), &mut |_| ()).unwrap();
+    let pack = Checkpoint::open(&out).unwrap();
+    assert_eq!(pack.tensors().map(|(name, _)| name).filter(|name| name.starts_with("embed")).count(), 2);
+    assert_eq!(pack.matrix("embed").unwrap().to_f32().unwrap(), ck.matrix("embed").unwrap().to_f32().unwrap());
+    let sidecar = Sidecar::open(&out.join(SIDECAR_DIR), &fingerprint(&pack).unwrap()).unwrap();
+    let (layer, file) = (&sidecar.layers()[0], fs::read(&sidecar.layers()[0].path).unwrap());
+    let down = ck.matrix("mlp.experts.down_proj").unwrap();
+    assert_eq!(layer.layout.down.format, down.format());
+    for e in 0..EXPERTS {
+        assert!(file[layer.offset(e, 1) as usize..].starts_with(&down.expert(e).pack().unwrap().data));
+    }
 }
 
 #[test]

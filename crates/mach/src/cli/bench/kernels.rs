@@ -26,12 +26,28 @@ const fn affine(bits: u8) -> WeightFormat {
 }
 
 /// Formats by the names that `--format` takes.
-const FORMATS: [(&str, WeightFormat); 15] = [
+const FORMATS: [(&str, WeightFormat); 31] = [
     ("affine-4", affine(4)),
     ("affine-8", affine(8)),
     ("q4_k", WeightFormat::Block(BlockFormat::Q4K)),
     ("q6_k", WeightFormat::Block(BlockFormat::Q6K)),
     ("q8_0", WeightFormat::Block(BlockFormat::Q8_0)),
+    ("q2_k", WeightFormat::Block(BlockFormat::Q2K)),
+    ("q3_k", WeightFormat::Block(BlockFormat::Q3K)),
+    ("q5_k", WeightFormat::Block(BlockFormat::Q5K)),
+    ("q4_0", WeightFormat::Block(BlockFormat::Q4_0)),
+    ("q4_1", WeightFormat::Block(BlockFormat::Q4_1)),
+    ("q5_0", WeightFormat::Block(BlockFormat::Q5_0)),
+    ("q5_1", WeightFormat::Block(BlockFormat::Q5_1)),
+    ("iq2_xxs", WeightFormat::Block(BlockFormat::Iq2Xxs)),
+    ("iq2_xs", WeightFormat::Block(BlockFormat::Iq2Xs)),
+    ("iq2_s", WeightFormat::Block(BlockFormat::Iq2S)),
+    ("iq3_xxs", WeightFormat::Block(BlockFormat::Iq3Xxs)),
+    ("iq3_s", WeightFormat::Block(BlockFormat::Iq3S)),
+    ("iq1_s", WeightFormat::Block(BlockFormat::Iq1S)),
+    ("iq1_m", WeightFormat::Block(BlockFormat::Iq1M)),
+    ("iq4_nl", WeightFormat::Block(BlockFormat::Iq4Nl)),
+    ("iq4_xs", WeightFormat::Block(BlockFormat::Iq4Xs)),
     ("mxfp4", WeightFormat::Block(BlockFormat::Mxfp4)),
     ("nvfp4", WeightFormat::Block(BlockFormat::Nvfp4)),
     ("affine-2", affine(2)),
