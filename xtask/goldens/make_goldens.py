@@ -26,6 +26,8 @@ import torch
 from safetensors.torch import save_file
 
 import deepseek_v4
+import gemma4
+import gpt_oss
 import reference
 from templates import template_cases
 
@@ -230,7 +232,17 @@ SHAPES = {
         None,
     ),
     "qwen3-mlx8": (QWEN3, {"num_hidden_layers": 2}, 40, "stacked", torch.bfloat16, (8, 32)),
+    # The limit that GGUF files imply.
+    "gpt_oss-mxfp4": (gpt_oss.CONFIG, {"swiglu_limit": 7.0}, 100, "mxfp4", None, None),
+    "gpt_oss-bf16": (gpt_oss.CONFIG, {"num_hidden_layers": 2, "layer_types": gpt_oss.CONFIG["layer_types"][:2]}, 40, "fused", None, None),
+    "gpt_oss-uneven": (gpt_oss.CONFIG, gpt_oss.UNEVEN, 80, "fused", None, None),
+    "gpt_oss-mlx": (gpt_oss.CONFIG, {}, 40, "mlx", None, None),
+    "gemma4-base": (gemma4.CONFIG, {}, 40, "fused", None, None),
+    "gemma4-mlx4": (gemma4.CONFIG, {}, 40, "mlx", None, None),
 }
+
+# Families whose files and values are made by their own module.
+FAMILIES = {"gpt_oss": gpt_oss, "gemma4": gemma4}
 
 
 # ---------------------------------------------------------------- weights
@@ -375,6 +387,16 @@ def build(name, seed, folder):
     zero_centred = config["model_type"] == "qwen3_5_moe"
     tied = config["tie_word_embeddings"]
     names = {n: t.shape for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+    family = FAMILIES.get(config["model_type"])
+    if family:
+        state = {n: family.draw(generator(seed, n), n, shape) for n, shape in names.items()}
+        tensors, changes, effective = family.on_disk(state, experts, quantise)
+        write_checkpoint(folder, config | changes, tensors)
+        if effective:
+            model.load_state_dict(effective)
+        else:
+            model = reference.load(folder)
+        return finish(config, model, length, seed, folder)
     deepseek = config["model_type"] == "deepseek_v4"
     own = lambda n, shape: deepseek_v4.draw(n, shape, generator(seed, n), config) if deepseek else None
     state = {n: own(n, shape) for n, shape in names.items()}
@@ -399,6 +421,11 @@ def build(name, seed, folder):
             tensors["mtp.fc.weight"] = draw(seed, "mtp.fc.weight", (8, 16), True).to(dtype)
         write_checkpoint(folder, config, tensors)
         model = reference.load(folder)
+    return finish(config, model, length, seed, folder)
+
+
+def finish(config, model, length, seed, folder):
+    """Runs a checkpoint and writes what it gives."""
     ids = torch.randint(3, 250, (length,), generator=generator(seed, "prompt"))
     run = reference.run(model, ids)
     tokens, gap, noise = reference.greedy(model, ids, GREEDY)

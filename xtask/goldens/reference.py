@@ -7,12 +7,26 @@ import pathlib
 import re
 
 import torch
-from transformers import AutoConfig, DeepseekV4ForCausalLM, DynamicCache, Qwen3_5MoeForConditionalGeneration, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    DeepseekV4ForCausalLM,
+    DynamicCache,
+    Gemma4ForConditionalGeneration,
+    GptOssForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3MoeForCausalLM,
+)
 
 logging.disable(logging.WARNING)
 torch.use_deterministic_algorithms(True, warn_only=True)
 
-CLASSES = {"deepseek_v4": DeepseekV4ForCausalLM, "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration, "qwen3_moe": Qwen3MoeForCausalLM}
+CLASSES = {
+    "deepseek_v4": DeepseekV4ForCausalLM,
+    "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration,
+    "qwen3_moe": Qwen3MoeForCausalLM,
+    "gpt_oss": GptOssForCausalLM,
+    "gemma4": Gemma4ForConditionalGeneration,
+}
 
 
 def empty(config):
@@ -29,7 +43,7 @@ def load(folder):
     model, info = CLASSES[config["model_type"]].from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
     )
-    missing = [k for k in info["missing_keys"] if "visual." not in k]
+    missing = [k for k in info["missing_keys"] if "visual." not in k and "vision" not in k]
     unexpected = [k for k in info["unexpected_keys"] if not re.search(r"(^|\.)mtp\.", k)]
     if missing or unexpected or info["mismatched_keys"]:
         raise SystemExit(f"{folder}: missing {missing[:5]}, unexpected {unexpected[:5]}, mismatched {info['mismatched_keys']}")
@@ -76,7 +90,7 @@ def run(model, ids, chunk=None):
 
         return hook
 
-    routers = [m for m in model.modules() if type(m).__name__.endswith(("TopKRouter", "HashRouter"))]
+    routers = [m for m in model.modules() if type(m).__name__.endswith(("TopKRouter", "HashRouter", "TextRouter"))]
     hooks = [m.register_forward_hook(record(i)) for i, m in enumerate(routers)]
     index_gaps = []
 

@@ -149,6 +149,11 @@ impl<'a> Fields<'a> {
         self.object.get(key).filter(|v| !v.is_null())
     }
 
+    /// Whether the key stands there, `null` or not.
+    pub fn has(&self, key: &str) -> bool {
+        self.object.contains_key(key)
+    }
+
     fn typed<T>(&self, key: &'static str, what: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>, ModelError> {
         self.get(key).map(|v| read(v).ok_or_else(|| self.wrong(key, format!("is {v}, not {what}")))).transpose()
     }

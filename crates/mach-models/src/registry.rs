@@ -58,7 +58,8 @@ impl MoeArchAdapter {
 }
 
 /// Every family that runs.
-pub static REGISTRY: &[&MoeArchAdapter] = &[&families::qwen3_5_moe::ADAPTER, &families::qwen3_moe::ADAPTER, &families::deepseek_v4::ADAPTER];
+pub static REGISTRY: &[&MoeArchAdapter] =
+    &[&families::qwen3_5_moe::ADAPTER, &families::qwen3_moe::ADAPTER, &families::gpt_oss::ADAPTER, &families::gemma4::ADAPTER, &families::deepseek_v4::ADAPTER];
 
 /// The family of a config (its own `model_type`, or that of its `text_config`).
 ///

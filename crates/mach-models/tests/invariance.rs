@@ -54,7 +54,7 @@ fn feed<B: mach_backend::Backend>(model: &mut mach_models::Model<B>, seq: &mut S
 #[test]
 fn undo_and_snapshots_leave_no_trace() {
     let tokens = tokens(60);
-    for name in ["qwen3_5-base", "qwen3-base", "deepseek_v4-base"] {
+    for name in ["qwen3_5-base", "qwen3-base", "gpt_oss-mxfp4", "gemma4-base", "deepseek_v4-base"] {
         let backend = cpu(KernelSet::automatic(), 2);
         let mut model = load(backend.clone(), &golden(name), Run::default());
         let mut plain = model.sequence();
@@ -97,7 +97,7 @@ fn undo_and_snapshots_leave_no_trace() {
 /// Protects batching to come: two sequences in one pass give what each gives alone.
 #[test]
 fn sequences_in_one_pass_do_not_mix() {
-    for name in ["qwen3_5-uneven", "qwen3-dense-layers", "deepseek_v4-base"] {
+    for name in ["qwen3_5-uneven", "qwen3-dense-layers", "gpt_oss-uneven", "gemma4-base", "deepseek_v4-base"] {
         let mut model = load(cpu(KernelSet::automatic(), 2), &golden(name), Run::default());
         let (a, b) = (tokens(12), tokens(30)[13..].to_vec());
         let (mut one, mut two) = (model.sequence(), model.sequence());

@@ -13,8 +13,22 @@ pub fn golden(name: &str) -> PathBuf {
 }
 
 /// The golden sets.
-pub const SETS: &[&str] =
-    &["deepseek_v4-base", "deepseek_v4-fp8fp4", "qwen3-base", "qwen3-dense-layers", "qwen3-mlx8", "qwen3_5-base", "qwen3_5-mlx4", "qwen3_5-uneven"];
+pub const SETS: &[&str] = &[
+    "deepseek_v4-base",
+    "deepseek_v4-fp8fp4",
+    "gemma4-base",
+    "gemma4-mlx4",
+    "gpt_oss-bf16",
+    "gpt_oss-mlx",
+    "gpt_oss-mxfp4",
+    "gpt_oss-uneven",
+    "qwen3-base",
+    "qwen3-dense-layers",
+    "qwen3-mlx8",
+    "qwen3_5-base",
+    "qwen3_5-mlx4",
+    "qwen3_5-uneven",
+];
 
 /// How to run.
 #[derive(Clone, Copy, Debug)]
