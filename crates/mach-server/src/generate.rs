@@ -175,6 +175,7 @@ impl Job {
         let mut request = self.common.request.clone();
         request.prompt = self.prompts[index / self.common.n].clone();
         request.sampling.seed = Some(choice_seed(self.common.seed, index % self.common.n));
+        request.markup = self.kind == Kind::Chat;
         let mut reader = match self.kind {
             Kind::Chat => ReplyReader::new(self.session.text(), &request.prompt, self.offered.tools.as_ref()).one_call(self.offered.one_call),
             Kind::Completion => ReplyReader::plain(),

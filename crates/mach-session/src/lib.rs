@@ -2,6 +2,7 @@
 //! in parts.
 
 mod error;
+mod history;
 mod model;
 mod policy;
 mod reply;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mach_text::{ChatTemplate, ReplyFormat, TextError, Tokenizer};
 use serde_json::{Map, Value};
 
+use crate::history::one_call_each;
 use crate::sampling::GenerationDefaults;
 
 /// Tokenizer, template and defaults of a checkpoint directory.
@@ -14,6 +15,8 @@ pub struct TextModel {
     /// Base models have none; a template that does not compile is reported when it is asked for.
     template: Result<ChatTemplate, TextError>,
     defaults: GenerationDefaults,
+    /// Special tokens that mark up replies.
+    markup: Arc<[u32]>,
     dir: std::path::PathBuf,
 }
 
@@ -65,7 +68,15 @@ impl TextModel {
         if defaults.eos.is_empty() {
             defaults.eos.extend(tokenizer.eos_id());
         }
-        Self { tokenizer: Arc::new(tokenizer), template, defaults, dir: path.into() }
+        let format = template.as_ref().map_or_else(|_| ReplyFormat::default(), ChatTemplate::reply_format);
+        // What ends a turn of this format, whether or not the checkpoint's files say so.
+        for id in format.end_tokens().iter().filter_map(|token| tokenizer.token_id(token)) {
+            if !defaults.eos.contains(&id) {
+                defaults.eos.push(id);
+            }
+        }
+        let markup = format.markup().into_iter().filter_map(|token| tokenizer.token_id(token)).collect();
+        Self { tokenizer: Arc::new(tokenizer), template, defaults, markup, dir: path.into() }
     }
 
     /// The tokenizer.
@@ -88,13 +99,24 @@ impl TextModel {
         self.template.as_ref().map_or_else(|_| ReplyFormat::default(), ChatTemplate::reply_format)
     }
 
+    /// Special tokens that replies are marked up with.
+    pub(crate) fn markup(&self) -> &Arc<[u32]> {
+        &self.markup
+    }
+
     /// Renders a conversation to text only.
     ///
     /// # Errors
     /// [`TextError::NoTemplate`] and those of [`ChatTemplate::render`].
     pub fn render(&self, input: ChatInput<'_>) -> Result<String, TextError> {
         match &self.template {
-            Ok(template) => template.render(input.messages, input.tools, input.kwargs, input.add_generation_prompt),
+            Ok(template) => {
+                let fitted = match (template.reply_format(), input.messages) {
+                    (ReplyFormat::Harmony, Value::Array(messages)) => Some(Value::Array(one_call_each(messages))),
+                    _ => None,
+                };
+                template.render(fitted.as_ref().unwrap_or(input.messages), input.tools, input.kwargs, input.add_generation_prompt)
+            }
             Err(TextError::TemplateSyntax(message)) => Err(TextError::TemplateSyntax(message.clone())),
             Err(TextError::NoTemplate(dir)) => Err(TextError::NoTemplate(dir.clone())),
             Err(e) => Err(TextError::Invalid { path: self.dir.join("chat_template.jinja"), reason: e.to_string() }),

@@ -14,8 +14,9 @@ pub(crate) struct TextScan {
 }
 
 impl TextScan {
-    pub(crate) fn new(tokenizer: Arc<Tokenizer>, stops: &[String]) -> Self {
-        Self { decoder: TextDecoder::new(tokenizer), matcher: StopMatcher::new(stops) }
+    /// `visible` are special tokens that are part of the text.
+    pub(crate) fn new(tokenizer: Arc<Tokenizer>, visible: Arc<[u32]>, stops: &[String]) -> Self {
+        Self { decoder: TextDecoder::showing(tokenizer, visible), matcher: StopMatcher::new(stops) }
     }
 
     pub(crate) fn push(&mut self, token: u32) -> Scanned {

@@ -27,6 +27,8 @@ pub struct GenerateRequest {
     pub ignore_eos: bool,
     /// Send the logits row of every token.
     pub want_logits: bool,
+    /// The text goes to a [`crate::ReplyReader`]: special tokens that mark up replies are part of it.
+    pub markup: bool,
 }
 
 /// What happens to a request, in order: `Prefill*`, `Delta*`, then one of `Finished`, `Failed`.
@@ -118,7 +120,8 @@ impl Session {
         } else {
             request.sampling.resolve(&defaults.sampling)
         };
-        let scan = TextScan::new(self.text.tokenizer().clone(), &request.stop);
+        let visible = if request.markup { self.text.markup().clone() } else { Arc::default() };
+        let scan = TextScan::new(self.text.tokenizer().clone(), visible, &request.stop);
         let vocab = self.text.tokenizer().vocab_size();
         // Rows beyond the tokenizer are padding: a draw must not land there. Arg-max stays that of the bare logits.
         let mask_from = (sampling.temperature > 0.0 && self.engine.info().vocab > vocab).then_some(vocab);

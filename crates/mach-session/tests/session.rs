@@ -31,7 +31,11 @@ struct Seen {
 /// A session whose engine says `script` to every request, obeying policy, stop ids and cancellation as the real one does.
 /// Every token is first accepted together with a wrong draft that is rolled back.
 fn session(script: &str) -> (Session, std::sync::mpsc::Receiver<Seen>) {
-    let text = Arc::new(TextModel::open(&tiny()).unwrap());
+    session_of(TextModel::open(&tiny()).unwrap(), script)
+}
+
+fn session_of(text: TextModel, script: &str) -> (Session, std::sync::mpsc::Receiver<Seen>) {
+    let text = Arc::new(text);
     let script = text.tokenizer().encode(script, false).unwrap();
     let (handle, submissions) = EngineHandle::new(info(512));
     let (tx, seen) = channel();
@@ -278,4 +282,47 @@ fn replies_come_in_parts() {
         assert_eq!(end, Some((cities.len(), thought)));
         assert_eq!(reader.is_done(), one_call);
     }
+}
+
+/// The markup of channels is made of special tokens, which no text shows: a reply is read through them all the same, its turn ends with a call
+/// whatever the checkpoint's files say, and earlier messages are brought to the one call that the template takes.
+#[test]
+fn special_tokens_mark_up_replies() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(tiny().join("tokenizer.json")).unwrap()).unwrap();
+    for (i, token) in ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>"].into_iter().enumerate() {
+        let added = json!({"id": 4096 + i, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+        tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    }
+    let template = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.thinking }}|{{ m.content }}|{{ m.tool_calls | length }}<|end|>{% endfor %}\
+                    {% if add_generation_prompt %}<|start|>assistant{% endif %}{# <|channel|> #}";
+    for (name, text) in [("tokenizer.json", tokenizer.to_string()), ("chat_template.jinja", template.to_owned()), ("config.json", "{}".to_owned())] {
+        std::fs::write(dir.path().join(name), text).unwrap();
+    }
+    let script =
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"a\": 1}<|call|>";
+    let (session, seen) = session_of(TextModel::open(dir.path()).unwrap(), script);
+    let (kwargs, tools) = (Map::new(), json!([{"type": "function", "function": {"name": "f"}}]));
+    let calls = json!([{"function": {"name": "f", "arguments": {}}}, {"function": {"name": "g", "arguments": {}}}]);
+    let messages = json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "c", "reasoning_content": "r", "tool_calls": calls},
+        {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]);
+    let prompt = session.text().chat_prompt(ChatInput { tools: Some(&tools), ..chat(&messages, &kwargs) }).unwrap();
+    assert_eq!(
+        prompt.text,
+        "<|start|>user<|message|>|x|0<|end|><|start|>assistant<|message|>r\n\nc||1<|end|><|start|>tool<|message|>|1|0<|end|>\
+         <|start|>assistant<|message|>||1<|end|><|start|>tool<|message|>|2|0<|end|><|start|>assistant"
+    );
+    let mut reader = ReplyReader::new(session.text(), &prompt, Some(&tools));
+    let mut message = ReplyMessage::default();
+    for event in session.generate(GenerateRequest { prompt: prompt.clone(), markup: true, ..Default::default() }).unwrap() {
+        if let ReplyUpdate::Parts(parts) | ReplyUpdate::Finished { parts, .. } = reader.read(event) {
+            parts.into_iter().for_each(|part| message.push(part));
+        }
+    }
+    assert_eq!((message.reasoning.as_str(), message.content.as_str()), ("Hm.", ""));
+    assert_eq!(message.calls, [ToolCall { name: "f".into(), arguments: "{\"a\": 1}".into() }]);
+    let id = |token: &str| session.text().tokenizer().token_id(token).unwrap();
+    assert_eq!(seen.recv().unwrap().stop_ids, [id("<|return|>"), id("<|call|>")]);
+    let plain = session.generate(GenerateRequest { prompt, ..Default::default() }).unwrap().wait().unwrap();
+    assert!(plain.text.starts_with("analysisHm.assistant"), "{}", plain.text);
 }

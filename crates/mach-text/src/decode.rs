@@ -143,10 +143,10 @@ impl Pieces {
         DecodeState::default()
     }
 
-    /// Appends what `id` makes certain.
-    pub(crate) fn push(&self, state: &mut DecodeState, id: u32, out: &mut String) {
+    /// Appends what `id` makes certain; special tokens only where they are among the visible ones.
+    pub(crate) fn push(&self, state: &mut DecodeState, id: u32, visible: &[u32], out: &mut String) {
         let class = self.class(id);
-        if class == SPECIAL || class == UNKNOWN {
+        if (class == SPECIAL && !visible.contains(&id)) || class == UNKNOWN {
             return;
         }
         let bytes = self.bytes(id).unwrap_or_default();
@@ -255,19 +255,25 @@ fn byte_alphabet() -> [Option<u8>; 324] {
 #[derive(Clone)]
 pub struct TextDecoder {
     tokenizer: Arc<Tokenizer>,
+    visible: Arc<[u32]>,
     state: DecodeState,
 }
 
 impl TextDecoder {
     /// A decoder at the start of a text.
     pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        Self { state: tokenizer.pieces().start(), tokenizer }
+        Self::showing(tokenizer, Arc::default())
+    }
+
+    /// A decoder that also writes out these special tokens.
+    pub fn showing(tokenizer: Arc<Tokenizer>, visible: Arc<[u32]>) -> Self {
+        Self { state: tokenizer.pieces().start(), visible, tokenizer }
     }
 
     /// Text that the next id completes; empty for special tokens and within a character.
     pub fn push(&mut self, id: u32) -> String {
         let mut text = String::new();
-        self.tokenizer.pieces().push(&mut self.state, id, &mut text);
+        self.tokenizer.pieces().push(&mut self.state, id, &self.visible, &mut text);
         text
     }
 

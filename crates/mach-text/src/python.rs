@@ -144,6 +144,21 @@ pub(crate) fn tojson(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> 
     Ok(Value::from(out))
 }
 
+/// `json.dumps(value, ensure_ascii=False)`.
+pub(crate) fn dumps(json: &Json) -> String {
+    let dumps = Dumps { ensure_ascii: false, indent: None, item_separator: ", ".to_owned(), key_separator: ": ".to_owned(), sort_keys: false };
+    let mut out = String::new();
+    // Every JSON value can be written.
+    let _ = dumps.write(&value_from_json(json), 0, &mut out);
+    out
+}
+
+/// The `from_json` filter of llama.cpp, which templates for GGUF files use.
+pub(crate) fn from_json(text: &str) -> Result<Value, Error> {
+    let json: Json = serde_json::from_str(text).map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("from_json: {e}")))?;
+    Ok(value_from_json(&json))
+}
+
 impl Dumps {
     fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
         if let Some(x) = as_float(value) {

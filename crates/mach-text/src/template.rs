@@ -6,20 +6,29 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error, ErrorKind, Value};
 use serde_json::{Map, Value as Json};
 
+use crate::deepseek_v4;
 use crate::error::TextError;
 use crate::python;
-use crate::reply::ReplyFormat;
+use crate::reply::{CallFormat, ReasoningFormat, ReplyFormat};
 use crate::tokenizer::{Tokenizer, read_json};
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
-/// A compiled chat template of a checkpoint.
+/// How a checkpoint's conversations become text: a compiled template, or an encoder in code where there is none.
 pub struct ChatTemplate {
-    env: Environment<'static>,
-    tokens: Map<String, Json>,
-    source: String,
+    encoder: Encoder,
     reply_format: ReplyFormat,
+}
+
+enum Encoder {
+    Jinja {
+        env: Box<Environment<'static>>,
+        /// Variables that every rendering sees.
+        tokens: Map<String, Json>,
+        source: String,
+    },
+    DeepseekV4,
 }
 
 /// Carries the message of `raise_exception` through the template engine's error.
@@ -29,7 +38,7 @@ struct Raised(String);
 
 impl ChatTemplate {
     /// Opens the template of a checkpoint: `chat_template.jinja`, else `chat_template` of `tokenizer_config.json` (one text, or a list
-    /// of named ones of which `default` and `tool_use` count).
+    /// of named ones of which `default` and `tool_use` count). DeepSeek-V4 comes without; its encoder is built in.
     ///
     /// # Errors
     /// [`TextError::NoTemplate`] when there is none, [`TextError::TemplateSyntax`], [`TextError::Read`], [`TextError::Invalid`].
@@ -44,7 +53,8 @@ impl ChatTemplate {
             Err(source) => return Err(TextError::Read { path, source }),
         };
         if sources.is_empty() {
-            return Err(TextError::NoTemplate(dir.into()));
+            let config = read_json(&dir.join("config.json"))?.unwrap_or_default();
+            return Self::built_in(config["model_type"].as_str().unwrap_or_default()).ok_or_else(|| TextError::NoTemplate(dir.into()));
         }
         Self::compile(sources, tokenizer.named_tokens().clone())
     }
@@ -57,6 +67,12 @@ impl ChatTemplate {
         Self::compile(vec![(DEFAULT.to_owned(), source.to_owned())], tokens)
     }
 
+    /// The encoder of a model type whose checkpoints bring no template.
+    pub fn built_in(model_type: &str) -> Option<Self> {
+        let reply_format = ReplyFormat::Tagged { reasoning: Some(ReasoningFormat::Think), calls: Some(CallFormat::Dsml) };
+        (model_type == "deepseek_v4").then_some(Self { encoder: Encoder::DeepseekV4, reply_format })
+    }
+
     fn compile(sources: Vec<(String, String)>, tokens: Map<String, Json>) -> Result<Self, TextError> {
         let mut env = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -64,6 +80,7 @@ impl ChatTemplate {
         env.set_unknown_method_callback(python::method);
         env.set_formatter(|out, _, value| out.write_str(&python::str_of(value)).map_err(Error::from));
         env.add_filter("tojson", python::tojson);
+        env.add_filter("from_json", python::from_json);
         env.add_filter("trim", python::trim);
         env.add_filter("string", |value: &Value| if value.as_str().is_some() { value.clone() } else { python::str_of(value).into() });
         env.add_test("sequence", python::is_sequence);
@@ -72,8 +89,11 @@ impl ChatTemplate {
             let raised = Raised(message.to_string());
             Err(Error::new(ErrorKind::InvalidOperation, raised.0.clone()).with_source(raised))
         });
-        env.add_function("strftime_now", |format: &str| -> Result<String, Error> {
-            jiff::fmt::strtime::format(format, &jiff::Zoned::now()).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
+        // The moment at which the template was opened: a date that changed at midnight would change every prompt from its first line on, and
+        // no state that was computed for one would be of use again.
+        let opened = jiff::Zoned::now();
+        env.add_function("strftime_now", move |format: &str| -> Result<String, Error> {
+            jiff::fmt::strtime::format(format, &opened).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
         });
         let source = sources[0].1.clone();
         // The one for tools may be the only one that shows how calls are written.
@@ -81,12 +101,15 @@ impl ChatTemplate {
         for (name, text) in sources {
             env.add_template_owned(name, without_generation_tags(&text)).map_err(|e| TextError::TemplateSyntax(describe(&e)))?;
         }
-        Ok(Self { env, tokens, source, reply_format })
+        Ok(Self { encoder: Encoder::Jinja { env: Box::new(env), tokens, source }, reply_format })
     }
 
-    /// The template's source (the default one where there are several).
+    /// The template's source (the default one where there are several); empty for an encoder in code.
     pub fn source(&self) -> &str {
-        &self.source
+        match &self.encoder {
+            Encoder::Jinja { source, .. } => source,
+            Encoder::DeepseekV4 => "",
+        }
     }
 
     /// How the model marks reasoning and calls in its replies.
@@ -104,16 +127,20 @@ impl ChatTemplate {
         let Json::Array(messages) = messages else {
             return Err(TextError::BadMessages("messages must be an array".to_owned()));
         };
+        let (env, tokens) = match &self.encoder {
+            Encoder::Jinja { env, tokens, .. } => (env, tokens),
+            Encoder::DeepseekV4 => return deepseek_v4::render(messages, tools, kwargs, add_generation_prompt),
+        };
         let messages = messages.iter().enumerate().map(|(i, m)| message_value(i, m)).collect::<Result<Vec<_>, _>>()?;
         let tools = match tools {
             None | Some(Json::Null) => Value::from(()),
             Some(tools @ Json::Array(_)) => python::value_from_json(tools),
             Some(_) => return Err(TextError::BadMessages("tools must be an array".to_owned())),
         };
-        let name = if !tools.is_none() && self.env.get_template(TOOL_USE).is_ok() { TOOL_USE } else { DEFAULT };
-        let template = self.env.get_template(name).map_err(|e| TextError::TemplateFailed(describe(&e)))?;
+        let name = if !tools.is_none() && env.get_template(TOOL_USE).is_ok() { TOOL_USE } else { DEFAULT };
+        let template = env.get_template(name).map_err(|e| TextError::TemplateFailed(describe(&e)))?;
 
-        let mut variables = self.tokens.clone();
+        let mut variables = tokens.clone();
         variables.extend(kwargs.iter().map(|(k, v)| (k.clone(), v.clone())));
         let variables = variables.iter().map(|(k, v)| (k.clone(), python::value_from_json(v)));
         let fixed = [
@@ -130,6 +157,11 @@ impl ChatTemplate {
     }
 }
 
+/// What an assistant thought, by whichever of its names clients send it.
+pub(crate) fn reasoning_of(message: &Map<String, Json>) -> Option<&Json> {
+    ["reasoning_content", "thinking", "reasoning"].into_iter().find_map(|key| message.get(key).filter(|v| !v.is_null()))
+}
+
 /// One message as the template sees it.
 fn message_value(index: usize, message: &Json) -> Result<Value, TextError> {
     let Json::Object(message) = message else {
@@ -137,7 +169,7 @@ fn message_value(index: usize, message: &Json) -> Result<Value, TextError> {
     };
     let mut fields: Vec<(&str, Value)> = Vec::with_capacity(message.len() + 2);
     let present = |key: &str| message.get(key).filter(|v| !v.is_null());
-    let reasoning = ["reasoning_content", "thinking", "reasoning"].into_iter().find_map(present).map(python::value_from_json);
+    let reasoning = reasoning_of(message).map(python::value_from_json);
     if let (Some(reasoning), None) = (&reasoning, present("thinking")) {
         fields.push(("thinking", reasoning.clone()));
     }

@@ -72,7 +72,7 @@ impl Tokenizer {
         let mut state = self.pieces.start();
         let mut text = String::new();
         for &id in ids {
-            self.pieces.push(&mut state, id, &mut text);
+            self.pieces.push(&mut state, id, &[], &mut text);
         }
         self.pieces.finish(&mut state, &mut text);
         text

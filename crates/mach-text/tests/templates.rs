@@ -20,6 +20,24 @@ fn conversations_render_as_transformers_renders_them() {
     });
 }
 
+/// DeepSeek-V4 has no template: its encoder gives the same bytes as one written from its rules in Python (goldens/make_deepseek_goldens.py),
+/// in chat and thinking mode; a checkpoint's own template wins over it.
+#[test]
+fn deepseek_v4_is_encoded_in_code() {
+    common::compare_renderings(&golden("deepseek_v4.json"), |name| ChatTemplate::built_in(name).unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(here("../../models/tiny/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    std::fs::write(dir.path().join("config.json"), r#"{"model_type": "deepseek_v4"}"#).unwrap();
+    let open = || ChatTemplate::open(dir.path(), &Tokenizer::open(dir.path()).unwrap()).unwrap();
+    assert_eq!(render(&open(), None).unwrap(), "<｜begin▁of▁sentence｜><｜User｜>x<｜Assistant｜></think>");
+    std::fs::write(dir.path().join("chat_template.jinja"), "file").unwrap();
+    assert_eq!(render(&open(), None).unwrap(), "file");
+    for messages in [json!([3]), json!([{"role": "critic"}]), json!([{"role": "user", "content": [1]}])] {
+        let refused = ChatTemplate::built_in("deepseek_v4").unwrap().render(&messages, None, &no_tokens(), true);
+        assert!(matches!(refused, Err(TextError::BadMessages(_))), "{refused:?}");
+    }
+}
+
 /// The idioms that templates use mean what they mean in Python.
 #[test]
 fn idioms_mean_what_python_means() {

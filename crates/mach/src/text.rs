@@ -45,7 +45,11 @@ fn of_metadata(path: &Path, m: &Metadata) -> Result<Option<TextModel>, Error> {
     let tokenizer = Tokenizer::from_json(parts.tokenizer.to_string().as_bytes(), parts.named.clone(), path)?;
     let template = match &parts.template {
         Some(source) => ChatTemplate::new(source, parts.named),
-        None => Err(TextError::NoTemplate(path.to_owned())),
+        None => {
+            let arch = m.text("general.architecture").map_err(mach_models::ModelError::from)?;
+            let model_type = if arch == Some("deepseek4") { "deepseek_v4" } else { "" };
+            ChatTemplate::built_in(model_type).ok_or_else(|| TextError::NoTemplate(path.to_owned()))
+        }
     };
     Ok(Some(TextModel::new(tokenizer, template, GenerationDefaults::from_json(&parts.generation, &Value::Null), path)))
 }
@@ -78,12 +82,16 @@ fn parts(path: &Path, m: &Metadata) -> Result<Option<Parts>, Error> {
         Some(MetaList::Int(kinds)) => kinds,
         _ => &[],
     };
+    // Gemma's models are lost without it, and converters that do not say so mean it.
+    let adds_bos = m.flag("tokenizer.ggml.add_bos_token").map_err(format)?.unwrap_or(model == "gemma4");
+    let bos = m.size("tokenizer.ggml.bos_token_id").map_err(format)?.filter(|_| adds_bos).and_then(|id| usize::try_from(id).ok());
     let vocab = GgufVocab {
         model,
         pre: m.text("tokenizer.ggml.pre").map_err(format)?.unwrap_or("default"),
         tokens,
         kinds,
         merges: m.texts("tokenizer.ggml.merges").map_err(format)?.unwrap_or_default(),
+        bos,
     };
     let tokenizer = tokenizer_json(&vocab).map_err(|reason| TextError::Invalid { path: path.to_owned(), reason })?;
     let mut named = Map::new();

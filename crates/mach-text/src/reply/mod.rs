@@ -1,30 +1,52 @@
 //! Replies in parts: reasoning, content and tool calls, told apart in a stream of text.
 //!
 //! [`ReplyFormat::detect`] reads off a chat template how its model replies, [`ReplyParser`] takes the text in pieces of any size. A call
-//! syntax is one file that implements [`CallSyntax`].
+//! syntax is one file that implements [`CallSyntax`]; replies that are made of channels have a parser of their own.
 
+mod dsml;
+mod gemma;
+mod harmony;
 mod hermes;
 mod message;
 mod qwen_xml;
 mod schema;
+mod tagged;
 
 use std::sync::Arc;
 
 pub use message::{ReplyMessage, ToolCall};
 pub use schema::ToolSchemas;
 
-const THINK: &str = "<think>";
-const THINK_END: &str = "</think>";
 const CALL: &str = "<tool_call>";
 const CALL_END: &str = "</tool_call>";
 
-/// How a model marks reasoning and calls, a fact of its chat template.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ReplyFormat {
-    /// Replies may begin with `<think>` … `</think>`.
-    pub reasoning: bool,
-    /// How calls are written.
-    pub calls: Option<CallFormat>,
+/// How a model marks up its replies, a fact of its chat template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplyFormat {
+    /// Text with tags around reasoning and calls.
+    Tagged {
+        /// How reasoning is marked.
+        reasoning: Option<ReasoningFormat>,
+        /// How calls are written.
+        calls: Option<CallFormat>,
+    },
+    /// Messages on channels, `<|channel|>NAME<|message|>…<|end|>`: gpt-oss.
+    Harmony,
+}
+
+impl Default for ReplyFormat {
+    fn default() -> Self {
+        Self::Tagged { reasoning: None, calls: None }
+    }
+}
+
+/// How reasoning is marked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReasoningFormat {
+    /// `<think>` … `</think>` at the beginning of a reply: Qwen, DeepSeek.
+    Think,
+    /// `<|channel>thought` … `<channel|>`, anywhere: Gemma 4.
+    Channel,
 }
 
 /// How calls are written.
@@ -34,13 +56,83 @@ pub enum CallFormat {
     Hermes,
     /// `<tool_call><function=NAME><parameter=KEY>\nVALUE\n</parameter></function></tool_call>`: Qwen3-Coder, Qwen3.5.
     QwenXml,
+    /// `<|tool_call>call:NAME{KEY:VALUE,…}<tool_call|>`: Gemma 4.
+    Gemma,
+    /// `<｜DSML｜tool_calls>` around `<｜DSML｜invoke name="NAME">` … `</｜DSML｜invoke>`: DeepSeek-V4.
+    Dsml,
 }
 
 impl ReplyFormat {
     /// Reads the format off the source of a template.
     pub fn detect(template: &str) -> Self {
-        let calls = template.contains(CALL).then(|| if template.contains(qwen_xml::FUNCTION) { CallFormat::QwenXml } else { CallFormat::Hermes });
-        Self { reasoning: template.contains(THINK) || template.contains(THINK_END), calls }
+        if template.contains(harmony::CHANNEL) && template.contains(harmony::MESSAGE) {
+            return Self::Harmony;
+        }
+        let calls = if template.contains(gemma::CALL) {
+            Some(CallFormat::Gemma)
+        } else if template.contains(dsml::TOKEN) {
+            Some(CallFormat::Dsml)
+        } else if template.contains(CALL) {
+            Some(if template.contains(qwen_xml::FUNCTION) { CallFormat::QwenXml } else { CallFormat::Hermes })
+        } else {
+            None
+        };
+        let marked = |format: &ReasoningFormat| template.contains(format.opener()) || template.contains(format.closer());
+        Self::Tagged { reasoning: [ReasoningFormat::Channel, ReasoningFormat::Think].into_iter().find(marked), calls }
+    }
+
+    /// Whether replies may hold reasoning.
+    pub fn has_reasoning(self) -> bool {
+        !matches!(self, Self::Tagged { reasoning: None, .. })
+    }
+
+    /// Whether calls can be read.
+    pub fn has_calls(self) -> bool {
+        !matches!(self, Self::Tagged { calls: None, .. })
+    }
+
+    /// Tokens that end the model's turn. `<|end|>` of the channels is none: it ends one message of several.
+    pub fn end_tokens(self) -> &'static [&'static str] {
+        match self {
+            Self::Harmony => &["<|return|>", "<|call|>"],
+            Self::Tagged { calls: Some(CallFormat::Gemma), .. } => &["<turn|>", "<|tool_response>"],
+            Self::Tagged { .. } => &[],
+        }
+    }
+
+    /// Tokens that a tokenizer may keep out of its text, but that the parser must see.
+    pub fn markup(self) -> Vec<&'static str> {
+        match self {
+            Self::Harmony => harmony::MARKUP.to_vec(),
+            Self::Tagged { reasoning, calls } => {
+                let reasoning = reasoning.map_or(&[] as &[_], |format| match format {
+                    ReasoningFormat::Think => &[tagged::THINK, tagged::THINK_END],
+                    ReasoningFormat::Channel => &["<|channel>", "<channel|>"],
+                });
+                let calls = calls.map_or(&[] as &[_], |format| match format {
+                    CallFormat::Hermes | CallFormat::QwenXml => &[CALL, CALL_END],
+                    CallFormat::Gemma => &gemma::MARKUP,
+                    CallFormat::Dsml => &[dsml::TOKEN],
+                });
+                [reasoning, calls].concat()
+            }
+        }
+    }
+}
+
+impl ReasoningFormat {
+    fn opener(self) -> &'static str {
+        match self {
+            Self::Think => tagged::THINK,
+            Self::Channel => "<|channel>thought",
+        }
+    }
+
+    fn closer(self) -> &'static str {
+        match self {
+            Self::Think => tagged::THINK_END,
+            Self::Channel => "<channel|>",
+        }
     }
 }
 
@@ -108,6 +200,17 @@ impl CallFormat {
             Self::Hermes => &[CALL],
             // The opening tag is sometimes left out.
             Self::QwenXml => &[CALL, qwen_xml::FUNCTION],
+            Self::Gemma => &[gemma::CALL],
+            Self::Dsml => &[dsml::CALLS, dsml::INVOKE],
+        }
+    }
+
+    /// What may follow a call and belongs to its markup, in order.
+    fn closers(self) -> &'static [&'static str] {
+        match self {
+            Self::Hermes | Self::QwenXml => &[CALL_END],
+            Self::Gemma => &gemma::CLOSERS,
+            Self::Dsml => &[dsml::CALLS_END],
         }
     }
 
@@ -115,6 +218,8 @@ impl CallFormat {
         match self {
             Self::Hermes => Box::new(hermes::Hermes::default()),
             Self::QwenXml => Box::new(qwen_xml::QwenXml::new(opener == qwen_xml::FUNCTION)),
+            Self::Gemma => Box::new(gemma::Gemma::default()),
+            Self::Dsml => Box::new(dsml::Dsml::new(opener == dsml::INVOKE)),
         }
     }
 }
@@ -122,50 +227,26 @@ impl CallFormat {
 /// Splits a reply into its parts. What it is told as content, reasoning and calls does not depend on how the text was cut into pieces.
 ///
 /// White space between the parts belongs to the markup. Text that is no reasoning and no call comes out as it went in.
-pub struct ReplyParser {
-    format: ReplyFormat,
-    /// Calls are looked for only where tools were offered.
-    tools: Option<Arc<ToolSchemas>>,
-    state: State,
-    /// Undecided text.
-    held: String,
-    next_index: usize,
-}
+pub struct ReplyParser(Box<dyn Machine>);
 
-enum State {
-    /// Before anything was said: reasoning may begin.
-    Start,
-    /// `begun`: its leading white space is over.
-    Reasoning {
-        begun: bool,
-    },
-    /// Behind reasoning: white space up to the content is left out.
-    AfterReasoning,
-    Content,
-    Call(Call),
-    /// Behind a call: a closing tag or the next call may follow.
-    AfterCall {
-        closed: bool,
-    },
-}
-
-struct Call {
-    syntax: Box<dyn CallSyntax>,
-    /// Its text so far, white space before it included, to give back when it is no call.
-    raw: String,
-    /// Its index, once it was told.
-    index: Option<usize>,
+/// A parser of one kind of reply.
+trait Machine: Send {
+    /// Whether the text is inside reasoning at the moment.
+    fn in_reasoning(&self) -> bool;
+    /// Takes the next text.
+    fn push(&mut self, text: &str, events: &mut Vec<ReplyEvent>);
+    /// The end of the text.
+    fn finish(&mut self, events: &mut Vec<ReplyEvent>);
 }
 
 impl ReplyParser {
-    /// A parser for the reply to `prompt`, whose end says whether the reply starts inside a reasoning block.
+    /// A parser for the reply to `prompt`, whose end says whether the reply starts inside a reasoning block. Calls are looked for only
+    /// where tools were offered.
     pub fn new(format: ReplyFormat, prompt: &str, tools: Option<Arc<ToolSchemas>>) -> Self {
-        let state = match format.reasoning {
-            true if prompt.trim_end().ends_with(THINK) => State::Reasoning { begun: false },
-            true => State::Start,
-            false => State::Content,
-        };
-        Self { format, tools, state, held: String::new(), next_index: 0 }
+        match format {
+            ReplyFormat::Harmony => Self(Box::new(harmony::Harmony::new(tools.is_some()))),
+            ReplyFormat::Tagged { reasoning, calls } => Self(Box::new(tagged::Tagged::new(reasoning, calls, prompt, tools))),
+        }
     }
 
     /// Takes everything as content.
@@ -175,150 +256,21 @@ impl ReplyParser {
 
     /// Whether the text is inside a reasoning block at the moment.
     pub fn in_reasoning(&self) -> bool {
-        matches!(self.state, State::Reasoning { .. })
+        self.0.in_reasoning()
     }
 
     /// Takes the next text.
     pub fn push(&mut self, text: &str) -> Vec<ReplyEvent> {
         let mut events = Vec::new();
-        self.held.push_str(text);
-        while self.advance(&mut events) {}
+        self.0.push(text, &mut events);
         events
     }
 
     /// The end of the text: what was undecided is decided.
     pub fn finish(&mut self) -> Vec<ReplyEvent> {
         let mut events = Vec::new();
-        let rest = std::mem::take(&mut self.held);
-        match std::mem::replace(&mut self.state, State::Content) {
-            State::Start | State::Content => content(&mut events, &rest),
-            State::AfterReasoning => content(&mut events, rest.trim_start()),
-            State::AfterCall { .. } => content(&mut events, if rest.trim().is_empty() { "" } else { &rest }),
-            State::Reasoning { begun } => reasoning(&mut events, if begun { &rest } else { rest.trim_start() }),
-            State::Call(mut call) => {
-                call.raw.push_str(&rest);
-                give_back(&mut events, call);
-            }
-        }
+        self.0.finish(&mut events);
         events
-    }
-
-    fn take(&mut self, n: usize) -> String {
-        let rest = self.held.split_off(n);
-        std::mem::replace(&mut self.held, rest)
-    }
-
-    /// One step; `false` when only more text can help.
-    fn advance(&mut self, events: &mut Vec<ReplyEvent>) -> bool {
-        match &mut self.state {
-            State::Start => {
-                let text = self.held.trim_start();
-                let space = self.held.len() - text.len();
-                if text.starts_with(THINK) {
-                    self.held.drain(..space + THINK.len());
-                    self.state = State::Reasoning { begun: false };
-                } else if THINK.starts_with(text) {
-                    return false;
-                } else {
-                    self.state = State::Content;
-                }
-                true
-            }
-            State::Reasoning { begun } => {
-                if !*begun {
-                    let space = self.held.len() - self.held.trim_start().len();
-                    self.held.drain(..space);
-                    *begun = !self.held.is_empty();
-                }
-                let (at, found) = find_marker(&self.held, &[THINK_END]);
-                let text = self.take(at);
-                reasoning(events, &text);
-                if let Some(marker) = found {
-                    self.held.drain(..marker.1);
-                    self.state = State::AfterReasoning;
-                }
-                found.is_some()
-            }
-            State::AfterReasoning => {
-                let space = self.held.len() - self.held.trim_start().len();
-                self.held.drain(..space);
-                if self.held.is_empty() {
-                    return false;
-                }
-                self.state = State::Content;
-                true
-            }
-            State::Content => {
-                let openers = match (&self.tools, self.format.calls) {
-                    (Some(_), Some(calls)) => calls.openers(),
-                    _ => &[],
-                };
-                let (at, found) = find_marker(&self.held, openers);
-                let text = self.take(at);
-                content(events, &text);
-                let (Some((opener, n)), Some(calls)) = (found, self.format.calls) else { return false };
-                let raw = self.take(n);
-                self.state = State::Call(Call { syntax: calls.syntax(opener), raw, index: None });
-                true
-            }
-            State::Call(_) => self.advance_call(events),
-            State::AfterCall { closed } => {
-                let text = self.held.trim_start();
-                if !*closed && text.starts_with(CALL_END) {
-                    let n = self.held.len() - text.len() + CALL_END.len();
-                    self.held.drain(..n);
-                    *closed = true;
-                    return true;
-                }
-                if text.is_empty() || (!*closed && CALL_END.starts_with(text)) {
-                    return false;
-                }
-                self.state = State::Content;
-                true
-            }
-        }
-    }
-
-    fn advance_call(&mut self, events: &mut Vec<ReplyEvent>) -> bool {
-        let (State::Call(call), Some(tools)) = (&mut self.state, &self.tools) else { return false };
-        let mut parts = Vec::new();
-        let step = call.syntax.step(&self.held, tools, &mut parts);
-        for part in parts {
-            match (part, call.index) {
-                (CallPart::Name(name), _) => {
-                    events.push(ReplyEvent::CallStart { index: self.next_index, name });
-                    call.index = Some(self.next_index);
-                    self.next_index += 1;
-                }
-                (CallPart::Arguments(json), Some(index)) if !json.is_empty() => events.push(ReplyEvent::CallArguments { index, json }),
-                _ => {}
-            }
-        }
-        match step {
-            Step::Took(n) => {
-                call.raw.push_str(&self.held[..n]);
-                self.held.drain(..n);
-                true
-            }
-            Step::More => false,
-            Step::End(n) => {
-                if let Some(index) = call.index {
-                    events.push(ReplyEvent::CallEnd { index });
-                }
-                self.held.drain(..n);
-                self.state = State::AfterCall { closed: false };
-                true
-            }
-            Step::Bad(n) => {
-                let text = self.take(n);
-                // What follows may still hold a call.
-                if let State::Call(mut call) = std::mem::replace(&mut self.state, State::Content) {
-                    call.raw.push_str(&text);
-                    give_back(events, call);
-                }
-                true
-            }
-        }
     }
 }
 
@@ -336,32 +288,30 @@ fn reasoning(events: &mut Vec<ReplyEvent>, text: &str) {
     }
 }
 
-fn give_back(events: &mut Vec<ReplyEvent>, call: Call) {
-    if let Some(index) = call.index {
-        events.push(ReplyEvent::CallDropped { index });
-    }
-    content(events, &call.raw);
-}
-
-/// The first of the markers, with the white space before it: where that begins, which marker it is and how many bytes both are. Without
-/// one, where the text begins that may still become one.
-fn find_marker<'m>(text: &str, markers: &[&'m str]) -> (usize, Option<(&'m str, usize)>) {
-    if markers.is_empty() {
-        return (text.len(), None);
-    }
-    let first = markers.iter().filter_map(|m| Some((text.find(m)?, *m))).min_by_key(|&(at, _)| at);
-    let space_before = |at: usize| text[..at].trim_end().len();
-    if let Some((at, marker)) = first {
-        let begin = space_before(at);
-        return (begin, Some((marker, at + marker.len() - begin)));
-    }
-    let partial = markers.iter().filter_map(|m| partial_suffix(text, m)).max().unwrap_or(0);
-    (space_before(text.len() - partial), None)
+/// Removes the first `n` bytes and returns them.
+fn take(held: &mut String, n: usize) -> String {
+    let rest = held.split_off(n);
+    std::mem::replace(held, rest)
 }
 
 /// Bytes at the end of `text` that may become `marker`.
 fn partial_suffix(text: &str, marker: &str) -> Option<usize> {
     (1..marker.len()).rev().find(|&n| marker.is_char_boundary(n) && text.ends_with(&marker[..n]))
+}
+
+enum Next {
+    Found(&'static str),
+    Undecided,
+    Other,
+}
+
+/// Which of the tags the text begins with.
+fn next_of(text: &str, tags: &[&'static str]) -> Next {
+    match tags.iter().find(|tag| text.starts_with(**tag)) {
+        Some(tag) => Next::Found(tag),
+        None if tags.iter().any(|tag| tag.starts_with(text)) => Next::Undecided,
+        None => Next::Other,
+    }
 }
 
 #[cfg(test)]

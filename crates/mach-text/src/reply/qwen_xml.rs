@@ -1,7 +1,7 @@
 //! Calls in tags: `<function=NAME><parameter=KEY>\nVALUE\n</parameter></function>`.
 
 use super::schema::{ArgumentType, escaped};
-use super::{CALL_END, CallPart, CallSyntax, Step, ToolSchemas};
+use super::{CALL_END, CallPart, CallSyntax, Next, Step, ToolSchemas, next_of};
 
 /// Begins a call.
 pub(super) const FUNCTION: &str = "<function=";
@@ -125,21 +125,6 @@ impl CallSyntax for QwenXml {
                 }
             }
         }
-    }
-}
-
-enum Next {
-    Found(&'static str),
-    Undecided,
-    Other,
-}
-
-/// Which of the tags the text begins with.
-fn next_of(text: &str, tags: &[&'static str]) -> Next {
-    match tags.iter().find(|tag| text.starts_with(**tag)) {
-        Some(tag) => Next::Found(tag),
-        None if tags.iter().any(|tag| tag.starts_with(text)) => Next::Undecided,
-        None => Next::Other,
     }
 }
 

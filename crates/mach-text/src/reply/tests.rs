@@ -3,8 +3,10 @@ use serde_json::{Value, json};
 
 use super::*;
 
-const JSON: ReplyFormat = ReplyFormat { reasoning: true, calls: Some(CallFormat::Hermes) };
-const XML: ReplyFormat = ReplyFormat { reasoning: true, calls: Some(CallFormat::QwenXml) };
+const JSON: ReplyFormat = ReplyFormat::Tagged { reasoning: Some(ReasoningFormat::Think), calls: Some(CallFormat::Hermes) };
+const XML: ReplyFormat = ReplyFormat::Tagged { reasoning: Some(ReasoningFormat::Think), calls: Some(CallFormat::QwenXml) };
+const DSML: ReplyFormat = ReplyFormat::Tagged { reasoning: Some(ReasoningFormat::Think), calls: Some(CallFormat::Dsml) };
+const GEMMA: ReplyFormat = ReplyFormat::Tagged { reasoning: Some(ReasoningFormat::Channel), calls: Some(CallFormat::Gemma) };
 
 fn tools() -> Arc<ToolSchemas> {
     let properties = json!({
@@ -62,6 +64,12 @@ fn every_split(format: ReplyFormat, prompt: &str, text: &str) -> Outcome {
         assert!(serde_json::from_str::<Value>(&call.arguments).is_ok_and(|v| v.is_object()), "{call:?}");
     }
     whole
+}
+
+fn said(text: &str) -> ReplyMessage {
+    let mut message = ReplyMessage::default();
+    message.push(ReplyEvent::Content(text.to_owned()));
+    message
 }
 
 fn call(name: &str, arguments: &Value) -> (String, Value) {
@@ -230,6 +238,100 @@ fn nothing_waits_that_is_decided() {
     assert_eq!(parser.push("\": \"New"), arguments("\": \"New"));
 }
 
+/// gpt-oss: channels become parts; the recipient stands behind the role or in the channel; `<|end|>` ends a message, the end of the text a
+/// call whose arguments are complete.
+#[test]
+fn channels_are_parts() {
+    let h = |text: &str| every_split(ReplyFormat::Harmony, "<|start|>assistant", text);
+    let answer = h("<|channel|>analysis<|message|>I think. <|end|><|start|>assistant<|channel|>final<|message|>It is < 3.\n<|return|>");
+    assert_eq!((answer.message.reasoning.as_str(), answer.message.content.as_str()), ("I think. ", "It is < 3.\n"));
+    let oslo = [call("get_weather", &json!({"city": "Oslo", "days": 3}))];
+    for (header, end) in [
+        ("<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>", "<|call|>"),
+        (" to=functions.get_weather<|channel|>commentary json<|message|>", "<|call|>"),
+        ("<|channel|>analysis to=functions.get_weather code<|message|>", ""),
+        ("<|start|>assistant<|channel|>commentary to=functions.get_weather<|message|>", "<|end|>"),
+    ] {
+        let outcome = h(&format!("{header}{{\"city\":\"Oslo\",\"days\":3}}{end}"));
+        assert_eq!((calls(&outcome).as_slice(), outcome.message.content.as_str()), (oslo.as_slice(), ""), "{header}");
+    }
+    let preamble = h("<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|><|start|>assistant\
+         <|channel|>commentary to=functions.a<|message|>{}<|call|>");
+    assert_eq!((preamble.message.reasoning.as_str(), preamble.message.content.as_str()), ("Hm", "I look."));
+    assert_eq!(calls(&preamble), [call("a", &json!({}))]);
+    assert_eq!(h("<|channel|>analysis<|message|>no end<|channel|>final<|message|>x").message.content, "x");
+    for text in [
+        "<|channel|>commentary to=functions.a<|message|>{\"b\": 1",
+        "<|channel|>commentary to=functions.a<|message|>[1]<|call|>",
+        "<|channel|>final<|end|>",
+        "<|channel|>final",
+        "No markup at all.",
+        " to be or not",
+    ] {
+        assert_eq!(h(text).message, said(text), "{text}");
+    }
+    let long = format!("<|channel|>{}", "é".repeat(600));
+    assert_eq!(h(&long).message.content, long);
+    let mut parser = ReplyParser::new(ReplyFormat::Harmony, "", None);
+    let text = "<|channel|>commentary to=functions.a<|message|>{}";
+    let events: Vec<_> = parser.push(text).into_iter().chain(parser.finish()).collect();
+    assert_eq!(events, [ReplyEvent::Content("{}".into())], "without tools a call is what it says");
+}
+
+/// Gemma: thoughts in a channel, arguments without quotes around keys; what the model asks back with is markup.
+#[test]
+fn gemma_replies() {
+    let g = |text: &str| every_split(GEMMA, "<|turn>model\n", text);
+    let text = "<|channel>thought\nI look.\n<channel|>Let me see.<|tool_call>call:weather{city:<|\"|>Os\"lo }<|\"|>,days:3}<tool_call|>\
+                <|tool_call>call:other{}<tool_call|><|tool_response>";
+    let outcome = g(text);
+    assert_eq!((outcome.message.reasoning.as_str(), outcome.message.content.as_str()), ("I look.", "Let me see."));
+    assert_eq!(calls(&outcome), [call("weather", &json!({"city": "Os\"lo }", "days": 3})), call("other", &json!({}))]);
+    for (arguments, want) in [
+        ("a:1.5,b:true,c:null,d:-2", json!({"a": 1.5, "b": true, "c": null, "d": -2})),
+        ("o:{x:[1,<|\"|>y<|\"|>,{}],<|\"|>k k<|\"|>:[]},z:[[]]", json!({"o": {"x": [1, "y", {}], "k k": []}, "z": [[]]})),
+        ("city:Oslo , \"q\": \"a,\\\"b\"", json!({"city": "Oslo", "q": "a,\"b"})),
+        ("city:<|\"|><|\"|>", json!({"city": ""})),
+    ] {
+        let outcome = g(&format!("<|tool_call>call:f{{{arguments}}}<tool_call|>"));
+        assert_eq!(calls(&outcome), [call("f", &want)], "{arguments}");
+    }
+    let late = g("One.<|channel>thought\nHm<channel|>Two.");
+    assert_eq!((late.message.reasoning.as_str(), late.message.content.as_str()), ("Hm", "One.Two."));
+    for text in
+        ["<|tool_call>call:f{a:<|\"|>x", "<|tool_call>call:f{a:1]<tool_call|>", "<|tool_call>f{}", "<|tool_call>call:f{a:{b:1}", "a <|tool_call>call:{}"]
+    {
+        assert_eq!(g(text).message, said(text), "{text}");
+    }
+}
+
+/// DeepSeek: one block of calls, values typed by their tags; a closing tag of reasoning alone is markup.
+#[test]
+fn dsml_replies() {
+    let d = |prompt: &str, text: &str| every_split(DSML, prompt, text);
+    let text = "I look.</think>Let me see.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"weather\">\n<｜DSML｜parameter name=\"city\" string=\"true\">\
+                Os\"lo\n</x></｜DSML｜parameter>\n<｜DSML｜parameter name=\"days\" string=\"false\">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n\
+                <｜DSML｜invoke name=\"other\">\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>";
+    let outcome = d("<｜Assistant｜><think>", text);
+    assert_eq!((outcome.message.reasoning.as_str(), outcome.message.content.as_str()), ("I look.", "Let me see."));
+    assert_eq!(calls(&outcome), [call("weather", &json!({"city": "Os\"lo\n</x>", "days": 3})), call("other", &json!({}))]);
+    assert_eq!(d("<｜Assistant｜></think>", "Yes.").message.content, "Yes.");
+    assert_eq!(d("<｜Assistant｜>", "</think>Yes.").message.content, "Yes.");
+    let one = |parameter: &str| calls(&d("", &format!("<｜DSML｜invoke name=\"weather\">{parameter}</｜DSML｜parameter></｜DSML｜invoke>")))[0].1.clone();
+    assert_eq!(one("<｜DSML｜parameter name=\"days\" string=\"true\">3"), json!({"days": "3"}));
+    assert_eq!(one("<｜DSML｜parameter name=\"tags\" string=\"false\">[\"a\", {\"b\": 1}]"), json!({"tags": ["a", {"b": 1}]}));
+    assert_eq!(one("<｜DSML｜parameter name=\"days\" string=\"false\">three"), json!({"days": "three"}));
+    assert_eq!(one("<｜DSML｜parameter name=\"days\">3"), json!({"days": 3}));
+    for text in [
+        "<｜DSML｜tool_calls>\n</｜DSML｜tool_calls>",
+        "<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"weather\">\n<｜DSML｜parameter name=\"city\" string=\"true\">Os",
+        "<｜DSML｜invoke>x</｜DSML｜invoke>",
+        "<｜DSML｜invoke name=\"f\">text</｜DSML｜invoke>",
+    ] {
+        assert_eq!(d("", text).message, said(text), "{text}");
+    }
+}
+
 /// Without tools a reply is not searched for calls.
 #[test]
 fn calls_need_tools() {
@@ -244,10 +346,13 @@ fn calls_need_tools() {
 fn formats_are_facts_of_templates() {
     assert_eq!(ReplyFormat::detect(include_str!("../../../../models/tiny/chat_template.jinja")), XML);
     let json = "<tool_call>\\n{\\\"name\\\": <function-name>, \\\"arguments\\\": <args-json-object>}\\n</tool_call>";
-    assert_eq!(ReplyFormat::detect(json), ReplyFormat { reasoning: false, calls: Some(CallFormat::Hermes) });
+    assert_eq!(ReplyFormat::detect(json), ReplyFormat::Tagged { reasoning: None, calls: Some(CallFormat::Hermes) });
     let coder = "<tool_call>\\n<function=example_function_name>\\n<parameter=a>";
-    assert_eq!(ReplyFormat::detect(coder), ReplyFormat { reasoning: false, calls: Some(CallFormat::QwenXml) });
+    assert_eq!(ReplyFormat::detect(coder), ReplyFormat::Tagged { reasoning: None, calls: Some(CallFormat::QwenXml) });
     assert_eq!(ReplyFormat::detect("{{ messages }}"), ReplyFormat::default());
+    assert_eq!(ReplyFormat::detect("'<|start|>assistant<|channel|>final<|message|>'"), ReplyFormat::Harmony);
+    assert_eq!(ReplyFormat::detect("'<|channel>thought\\n' '<|tool_call>call:'"), GEMMA);
+    assert_eq!(ReplyFormat::detect("'</think>' '<' + '｜DSML｜' + 'invoke'"), DSML);
 }
 
 /// Fragments that replies and mistakes are made of.
@@ -278,15 +383,41 @@ fn fragment() -> impl Strategy<Value = String> {
         "<",
         ">",
         "/",
+        "<|channel|>",
+        "analysis",
+        "final",
+        "commentary to=functions.weather ",
+        "<|message|>",
+        "<|end|>",
+        "<|call|>",
+        "<|start|>assistant",
+        "<|channel>thought\n",
+        "<channel|>",
+        "<|tool_call>call:weather{",
+        "city:<|\"|>",
+        "<|\"|>",
+        "}<tool_call|>",
+        "<|tool_response>",
+        "<｜DSML｜tool_calls>",
+        "<｜DSML｜invoke name=\"weather\">",
+        "<｜DSML｜parameter name=\"city\" string=\"true\">",
+        "<｜DSML｜parameter name=\"days\" string=\"false\">",
+        "</｜DSML｜parameter>",
+        "</｜DSML｜invoke>",
+        "</｜DSML｜tool_calls>",
     ]);
     prop_oneof![4 => markup.prop_map(str::to_owned), 1 => any::<String>()]
+}
+
+fn formats() -> impl Strategy<Value = ReplyFormat> {
+    prop::sample::select(vec![JSON, XML, DSML, GEMMA, ReplyFormat::Harmony])
 }
 
 proptest! {
     /// Any text in any pieces: the same parts as at once, no panic, complete calls with valid arguments.
     #[test]
-    fn cuts_never_matter(fragments in prop::collection::vec(fragment(), 0..24), sizes in prop::collection::vec(1usize..9, 1..8), xml: bool, open: bool) {
-        let (format, prompt) = (if xml { XML } else { JSON }, if open { "<think>\n" } else { "" });
+    fn cuts_never_matter(fragments in prop::collection::vec(fragment(), 0..24), sizes in prop::collection::vec(1usize..9, 1..8), format in formats(), open: bool) {
+        let prompt = if open { "<think>\n" } else { "" };
         let text = fragments.concat();
         let whole = run(format, prompt, [text.as_str()]);
         let chars: Vec<char> = text.chars().collect();
@@ -303,15 +434,15 @@ proptest! {
         for call in &whole.message.calls {
             prop_assert!(serde_json::from_str::<Value>(&call.arguments).is_ok_and(|v| v.is_object()), "{:?}", call);
         }
-        if whole.message.calls.is_empty() && prompt.is_empty() && !text.trim_start().starts_with(THINK) {
+        if whole.message.calls.is_empty() && prompt.is_empty() && matches!(format, JSON | XML) && !text.trim_start().starts_with("<think>") && !text.trim_start().starts_with("</think>") {
             prop_assert_eq!(&whole.message.content, &text);
         }
     }
 
     /// Text without markers goes through as it is.
     #[test]
-    fn plain_text_is_untouched(text in "[^<]*", xml: bool) {
-        let outcome = run(if xml { XML } else { JSON }, "", [text.as_str()]);
+    fn plain_text_is_untouched(text in "[^<]*", format in formats()) {
+        let outcome = run(format, "", [text.as_str()]);
         prop_assert_eq!((outcome.message.content, outcome.message.reasoning, outcome.message.calls.len()), (text, String::new(), 0));
     }
 
@@ -323,5 +454,13 @@ proptest! {
         let object = json!({"name": "weather", "arguments": {"city": value}});
         let text = format!("<tool_call>\n{object}\n</tool_call>");
         prop_assert_eq!(calls(&run(JSON, "", [text.as_str()])), [call("weather", &object["arguments"])]);
+        let text = format!("<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{}<|call|>", object["arguments"]);
+        let markup = ReplyFormat::Harmony.markup().into_iter().any(|m| value.contains(m));
+        prop_assert!(markup || calls(&run(ReplyFormat::Harmony, "", [text.as_str()])) == [call("weather", &object["arguments"])]);
+        let text = format!("<|tool_call>call:weather{{city:<|\"|>{value}<|\"|>}}<tool_call|>");
+        prop_assert!(value.contains("<|\"|>") || calls(&run(GEMMA, "", [text.as_str()])) == [call("weather", &object["arguments"])]);
+        let tag = |name: &str, rest: &str| format!("<｜DSML｜{name} name=\"{rest}");
+        let text = format!("{}{}{value}</｜DSML｜parameter>\n</｜DSML｜invoke>", tag("invoke", "weather\">"), tag("parameter", "city\" string=\"true\">"));
+        prop_assert!(value.contains("</｜DSML｜parameter>") || calls(&run(DSML, "", [text.as_str()])) == [call("weather", &object["arguments"])]);
     }
 }

@@ -1,7 +1,8 @@
 //! Comparing with what transformers gave.
 #![allow(dead_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use mach_text::{ChatTemplate, TextDecoder, TextError, Tokenizer};
@@ -62,4 +63,31 @@ pub fn compare_tokens(goldens: &Value, tokenizer: &Arc<Tokenizer>) {
 
 pub fn no_tokens() -> Map<String, Value> {
     Map::new()
+}
+
+/// What a command printed; `None`, with its complaint on stderr, when it failed.
+pub fn run(command: &mut Command) -> Option<Vec<u8>> {
+    match command.output() {
+        Ok(output) if output.status.success() => Some(output.stdout),
+        Ok(output) => {
+            eprintln!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+            None
+        }
+        Err(e) => {
+            eprintln!("{command:?}: {e}");
+            None
+        }
+    }
+}
+
+/// A Python with transformers.
+pub fn python() -> Option<PathBuf> {
+    let candidates = std::env::var_os("MACH_PYTHON").map(PathBuf::from).into_iter().chain([here("../../.cache/venv/bin/python")]);
+    candidates.into_iter().find(|p| Command::new(p).args(["-c", "import transformers, jinja2"]).output().is_ok_and(|o| o.status.success()))
+}
+
+/// What a script of `tests/goldens` printed.
+pub fn goldens(python: &Path, script: &str, arguments: &[&Path]) -> Option<Value> {
+    let out = run(Command::new(python).arg(here("tests/goldens").join(script)).args(arguments))?;
+    serde_json::from_slice(&out).ok()
 }

@@ -3,6 +3,7 @@
     python -m pip install transformers jinja2
     python crates/mach-text/tests/goldens/make_template_goldens.py            # writes templates.json beside this file
     python crates/mach-text/tests/goldens/make_template_goldens.py DIRECTORY  # prints the conversations through that checkpoint's template
+    python crates/mach-text/tests/goldens/make_template_goldens.py A.jinja …  # prints the conversations through these templates
 
 Needs no weights: the tokenizer is the built-in model's.
 """
@@ -94,6 +95,40 @@ CONVERSATIONS = {
     "unicode": {"messages": [{"role": "user", "content": "naïve 東京 🙂 e\u0301 \u2028 \u00a0 \u001f <|im_end|> \\n {{ x }} {% if %}"}]},
     "html": {"messages": [{"role": "system", "content": "<b>&amp;</b> 'q' \"d\""}, {"role": "user", "content": "a < b && c > 'd'"}]},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": " one "}, {"type": "text", "text": "two"}]}]},
+    "one_call": {
+        "messages": [
+            SYSTEM,
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "reasoning_content": "I must look.", "tool_calls": [call("get_weather", {"zone": "Köln", "days": 2})]},
+            {"role": "tool", "tool_call_id": "c1", "content": "{\"rain\": \"ja\"}"},
+        ],
+        "tools": [WEATHER, SEARCH],
+        "kwargs": {"enable_thinking": True},
+    },
+    "calls_in_turn": {
+        "messages": [
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "content": "", "tool_calls": [call("get_weather", {"zone": "a", "list": [1, "x", {"k": None}], "f": -0.5})]},
+            {"role": "tool", "tool_call_id": "c1", "content": "dry"},
+            {"role": "assistant", "content": "", "reasoning_content": "One more.", "tool_calls": [call("search", {}, "c2")]},
+            {"role": "tool", "tool_call_id": "c2", "content": "found"},
+            {"role": "assistant", "reasoning_content": "Enough.", "content": "Dry."},
+            {"role": "user", "content": "Sure?"},
+        ],
+        "tools": [SEARCH, WEATHER],
+    },
+    "schemas": {
+        "messages": [{"role": "user", "content": "Book it."}],
+        "tools": [{"type": "function", "function": {"name": "book", "description": "Books.\nTwo lines.", "parameters": {"type": "object", "properties": {
+            "who": {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": ["integer", "null"]}}, "required": ["name"]},
+            "days": {"type": "array", "items": {"type": "object", "properties": {"d": {"type": "string", "format": "date"}}}, "description": "Which"},
+            "class": {"type": "string", "enum": ["a", "b"], "default": "a"},
+            "either": {"oneOf": [{"type": "string"}, {"type": "number"}]},
+            "flag": {"type": "boolean", "description": "On?", "nullable": True},
+        }, "required": ["who", "days"]}}}],
+    },
+    "effort": {"messages": [SYSTEM, {"role": "user", "content": "Why?"}], "kwargs": {"reasoning_effort": "high", "enable_thinking": True}},
+    "developer": {"messages": [{"role": "developer", "content": "Rules."}, {"role": "user", "content": "x"}]},
     "image_part": {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]},
     "unknown_role": {"messages": [{"role": "user", "content": "x"}, {"role": "critic", "content": "y"}]},
     "no_user": {"messages": [SYSTEM]},
@@ -143,6 +178,12 @@ def render(tokenizer, template, source, **variables):
 
 
 def main():
+    if len(sys.argv) > 1 and sys.argv[1].endswith(".jinja"):
+        tokenizer = AutoTokenizer.from_pretrained(TINY)
+        sources = {path: Path(path).read_text() for path in sys.argv[1:]}
+        rendered = [entry for path, source in sources.items() for entry in render(tokenizer, path, source, bos_token="<bos>")]
+        print(json.dumps({"conversations": CONVERSATIONS, "rendered": rendered}))
+        return
     if len(sys.argv) > 1:
         tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
         print(json.dumps({"conversations": CONVERSATIONS, "rendered": list(render(tokenizer, "own", None))}))

@@ -170,7 +170,8 @@ impl Chat {
         let prompt =
             self.session.text().chat_prompt(ChatInput { messages: &messages, tools: self.tools.as_ref(), kwargs: &kwargs, add_generation_prompt: true })?;
         let mut reader = ReplyReader::new(self.session.text(), &prompt, self.tools.as_ref());
-        let request = GenerateRequest { prompt, sampling: self.args.sampling.overrides(), max_tokens: self.args.max_tokens, ..Default::default() };
+        let request =
+            GenerateRequest { prompt, sampling: self.args.sampling.overrides(), max_tokens: self.args.max_tokens, markup: true, ..Default::default() };
         let stream = self.session.generate(request)?;
         let running = self.running.clone();
         let set_running = move |token: Option<CancelToken>| *running.lock().unwrap_or_else(PoisonError::into_inner) = token;

@@ -99,6 +99,7 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
 type Events = (Box<dyn Iterator<Item = TextEvent>>, CancelToken);
 
 fn text_events(args: &Args, session: &Session, tokens: Option<Vec<u32>>, text: String) -> Result<Events, Error> {
+    let markup = tokens.is_none() && !args.raw;
     let prompt = match tokens {
         Some(tokens) => Prompt::from_tokens(tokens),
         None if args.raw => session.text().raw_prompt(&text)?,
@@ -112,6 +113,7 @@ fn text_events(args: &Args, session: &Session, tokens: Option<Vec<u32>>, text: S
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
         want_logits: args.logits.is_some(),
+        markup,
     })?;
     let cancel = stream.cancel_token();
     Ok((Box::new(stream), cancel))
