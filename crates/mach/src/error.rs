@@ -24,8 +24,11 @@ pub enum Error {
     /// A trace file.
     #[error(transparent)]
     Trace(#[from] mach_experts::trace::TraceError),
+    /// A download.
+    #[error(transparent)]
+    Hub(#[from] crate::hub::HubError),
     /// A model that is not on this machine.
-    #[error("{name} is neither a directory nor in the Hugging Face cache ({cache}); to get it: hf download {name}")]
+    #[error("{name} is neither a directory nor in the Hugging Face cache ({cache}); to get it: mach pull {name}")]
     ModelNotFound {
         /// As given.
         name: String,
@@ -81,6 +84,7 @@ impl Error {
             },
             Self::Cpu(e) => e.code(),
             Self::Trace(e) => e.code(),
+            Self::Hub(e) => e.code(),
             Self::ModelNotFound { .. } => "model-not-found",
             Self::NoSuchPath { .. } => "no-such-path",
             Self::NoBuiltin { .. } => "no-builtin-model",

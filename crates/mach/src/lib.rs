@@ -8,6 +8,7 @@ pub mod cli;
 mod drive;
 mod error;
 mod estimate;
+pub mod hub;
 mod limits;
 mod load;
 mod locate;

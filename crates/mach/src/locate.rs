@@ -49,7 +49,8 @@ pub fn locate(model: Option<&str>) -> Result<ModelPath, Error> {
     }
 }
 
-fn is_repo_name(name: &str) -> bool {
+/// Whether this is `org/name`.
+pub(crate) fn is_repo_name(name: &str) -> bool {
     let valid = |s: &str| !s.is_empty() && !s.starts_with('.') && s.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     name.split_once('/').is_some_and(|(org, repo)| valid(org) && valid(repo))
 }

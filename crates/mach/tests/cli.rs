@@ -171,7 +171,7 @@ fn wrong_usage() {
 #[test]
 fn unknown_models() {
     let ran = mach(&["check", "Qwen/Qwen3.6-35B-A3B"]);
-    assert!(ran.failed_with("model-not-found").err.contains("hf download Qwen/Qwen3.6-35B-A3B"), "{}", ran.err);
+    assert!(ran.failed_with("model-not-found").err.contains("mach pull Qwen/Qwen3.6-35B-A3B"), "{}", ran.err);
     mach(&["check", "./nowhere"]).failed_with("no-such-path");
     let ran = mach(&["generate", "x", "--model", "/tmp", "--json"]);
     assert!(ran.code == 1 && ran.json()["error"]["code"].is_string());

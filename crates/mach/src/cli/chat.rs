@@ -47,8 +47,8 @@ struct Chat {
     system: Option<String>,
     messages: Vec<Value>,
     tools: Option<Value>,
-    /// Calls whose results are still to be typed in.
-    waiting: VecDeque<String>,
+    /// Calls whose results are still to be typed in: ids and functions.
+    waiting: VecDeque<(String, String)>,
     last: Option<Receipt>,
     running: Arc<Mutex<Option<CancelToken>>>,
 }
@@ -68,7 +68,7 @@ pub(super) fn run(mut args: Args) -> Result<(), Error> {
     let mut lines = std::io::stdin().lock().lines();
     loop {
         if interactive {
-            output::print(&chat.waiting.front().map_or("> ".to_owned(), |name| format!("result of {name}> ")));
+            output::print(&chat.waiting.front().map_or("> ".to_owned(), |(_, name)| format!("result of {name}> ")));
         }
         let Some(line) = lines.next() else { break };
         let line = line.map_err(Error::io("read from stdin"))?;
@@ -138,8 +138,8 @@ impl Chat {
 
     /// Takes what the user says, or the result of a call that waits for it.
     fn turn(&mut self, text: &str) -> Result<(), Error> {
-        if self.waiting.pop_front().is_some() {
-            self.messages.push(json!({"role": "tool", "content": text}));
+        if let Some((id, _)) = self.waiting.pop_front() {
+            self.messages.push(json!({"role": "tool", "tool_call_id": id, "content": text}));
             if !self.waiting.is_empty() {
                 return Ok(());
             }
@@ -155,7 +155,7 @@ impl Chat {
                 self.messages.truncate(user.unwrap_or(0));
             }
         }
-        self.waiting = reply.iter().flat_map(|reply| &reply.calls).map(|call| call.name.clone()).collect();
+        self.waiting = reply.iter().flat_map(|reply| &reply.calls).enumerate().map(|(i, call)| (call_id(i), call.name.clone())).collect();
         reply.map(|_| ())
     }
 
@@ -212,15 +212,20 @@ fn read_tools(path: &std::path::Path) -> Result<Value, Error> {
     if tools.is_array() { Ok(tools) } else { Err(wrong("this is no array".to_owned())) }
 }
 
+/// What a result names its call by; templates look only at the calls of the message before it.
+fn call_id(index: usize) -> String {
+    format!("call_{index}")
+}
+
 /// A reply as the template takes it back.
 fn assistant(reply: &ReplyMessage) -> Value {
     let mut message = json!({"role": "assistant", "content": reply.content, "reasoning_content": reply.reasoning});
     if !reply.calls.is_empty() {
-        let call = |call: &ToolCall| {
+        let call = |(i, call): (usize, &ToolCall)| {
             let arguments: Value = serde_json::from_str(&call.arguments).unwrap_or_default();
-            json!({"type": "function", "function": {"name": call.name, "arguments": arguments}})
+            json!({"id": call_id(i), "type": "function", "function": {"name": call.name, "arguments": arguments}})
         };
-        message["tool_calls"] = reply.calls.iter().map(call).collect();
+        message["tool_calls"] = reply.calls.iter().enumerate().map(call).collect();
     }
     message
 }

@@ -28,7 +28,7 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
         return Ok(());
     }
     if found.is_empty() {
-        eprintln!("no checkpoints found in {}; get one with: hf download ORG/NAME", crate::hub_cache().display());
+        eprintln!("no checkpoints found in {}; get one with: mach pull ORG/NAME", crate::hub_cache().display());
     }
     for m in &found {
         let text = |key: &str| m[key].as_str().unwrap_or("-").to_owned();

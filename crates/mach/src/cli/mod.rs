@@ -11,6 +11,7 @@ mod eval;
 mod generate;
 mod list;
 mod output;
+mod pull;
 mod serve;
 mod tokenize;
 
@@ -32,6 +33,7 @@ const EXAMPLES: &str = "Examples:
   mach generate \"What is the capital of France?\"       the built-in model answers
   mach chat --model ~/models/Qwen3.6-35B-A3B-4bit        talk to a model
   mach serve ~/models/Qwen3.6-35B-A3B-4bit --port 8080   OpenAI API on http://127.0.0.1:8080/v1
+  mach pull Qwen/Qwen3.6-35B-A3B                         download a checkpoint
   mach check Qwen/Qwen3.6-35B-A3B                        does it fit, and how would it run
   mach artifacts build ~/models/Qwen3.6-35B-A3B --bits 4 --out ~/models/qwen-pack";
 
@@ -49,6 +51,8 @@ enum Command {
     Archs(archs::Args),
     /// List the checkpoints on this machine
     Models(list::Args),
+    /// Download a checkpoint from the Hugging Face hub into its cache
+    Pull(pull::Args),
     /// Build, verify and describe expert sidecars and packs
     Artifacts(artifacts::Args),
     /// Measure speed
@@ -69,6 +73,7 @@ impl Command {
             Self::Check(a) => a.json,
             Self::Archs(a) => a.json,
             Self::Models(a) => a.json,
+            Self::Pull(a) => a.json,
             Self::Artifacts(a) => a.json(),
             Self::Bench(a) => a.json(),
             Self::Eval(a) => a.json,
@@ -84,6 +89,7 @@ impl Command {
             Self::Check(a) => check::run(&a),
             Self::Archs(a) => archs::run(&a),
             Self::Models(a) => list::run(&a),
+            Self::Pull(a) => pull::run(&a),
             Self::Artifacts(a) => artifacts::run(a),
             Self::Bench(a) => bench::run(&a),
             Self::Eval(a) => eval::run(&a),
