@@ -72,29 +72,52 @@ fn the_same_logits_whatever_the_bank_chunk_threads_and_kernels() {
     }
 }
 
+/// Forty tokens through a model, sixteen more greedily: the bytes of their logits.
+fn logits_of(dir: &std::path::Path, model: &std::path::Path, flags: &[&str]) -> Result<Vec<u8>, Ran> {
+    let (tokens, logits) = (dir.join("tokens.json"), dir.join("logits"));
+    std::fs::write(&tokens, json!((5..45).collect::<Vec<u32>>()).to_string()).unwrap();
+    let args = ["generate", "--model", arg(model), "--tokens", arg(&tokens), "-n", "16", "--ignore-eos", "--temperature", "0", "--logits", arg(&logits)];
+    let ran = mach(&[&args[..], flags].concat());
+    if ran.code == 0 { Ok(std::fs::read(&logits).unwrap()) } else { Err(ran) }
+}
+
 /// Protects DeepSeek-V4 as published (8- and 4-bit floats): resident it runs as it is, streaming asks for the engine layout by name,
 /// and then gives the same bytes.
 #[test]
 fn deepseek_streams_from_the_engine_layout_only() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
-    support::copy(&support::root().join("crates/mach-models/tests/goldens/deepseek_v4-fp8fp4"), &model);
-    let (tokens, logits) = (dir.path().join("tokens.json"), dir.path().join("logits"));
-    std::fs::write(&tokens, json!((5..45).collect::<Vec<u32>>()).to_string()).unwrap();
-    let run = |flags: &[&str]| {
-        let args = ["generate", "--model", arg(&model), "--tokens", arg(&tokens), "-n", "16", "--ignore-eos", "--temperature", "0", "--logits", arg(&logits)];
-        mach(&[&args[..], flags].concat())
-    };
-    let resident = run(&["--no-streaming"]);
-    assert_eq!(resident.code, 0, "{}", resident.err);
-    let expected = std::fs::read(&logits).unwrap();
-    let refused = run(&["--streaming"]);
+    support::copy(&support::goldens().join("deepseek_v4-fp8fp4"), &model);
+    let expected = logits_of(dir.path(), &model, &["--no-streaming"]).map_err(|ran| ran.err).unwrap();
+    let refused = logits_of(dir.path(), &model, &["--streaming"]).unwrap_err();
     assert!(refused.failed_with("engine-layout-required").err.contains("mach artifacts build"), "{}", refused.err);
     let built = mach(&["artifacts", "build", arg(&model)]);
     assert_eq!(built.code, 0, "{}", built.err);
-    let streamed = run(&["--streaming", "--bank", "50%"]);
-    assert_eq!(streamed.code, 0, "{}", streamed.err);
-    assert!(std::fs::read(&logits).unwrap() == expected, "streaming changes the logits");
+    let streamed = logits_of(dir.path(), &model, &["--streaming", "--bank", "50%"]).map_err(|ran| ran.err).unwrap();
+    assert!(streamed == expected, "streaming changes the logits");
+}
+
+/// Protects packs of every family: they hold all that the model needs (sinks, biases, tables, scales), keep its bytes, and stream; and
+/// they can be made of fewer bits.
+#[test]
+fn packs_of_every_family_give_the_bytes_of_their_source() {
+    for name in ["qwen3-base", "gpt_oss-mxfp4", "gemma4-base", "deepseek_v4-base", "gpt_oss-bf16"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (model, pack) = (support::goldens().join(name), dir.path().join("pack"));
+        let expected = logits_of(dir.path(), &model, &["--no-streaming"]).unwrap_or_else(|ran| panic!("{name}: {}", ran.err));
+        let built = mach(&["artifacts", "build", arg(&model), "--out", arg(&pack)]);
+        assert_eq!(built.code, 0, "{name}: {}", built.err);
+        let streamed = logits_of(dir.path(), &pack, &["--streaming", "--bank", "60%"]).unwrap_or_else(|ran| panic!("{name}: {}", ran.err));
+        assert!(streamed == expected, "{name}: a pack changes the logits");
+        let verified = mach(&["artifacts", "verify", arg(&pack)]);
+        assert_eq!(verified.code, 0, "{name}: {}", verified.err);
+        if !name.contains("mxfp4") {
+            let small = dir.path().join("small");
+            let built = mach(&["artifacts", "build", arg(&model), "--bits", "8", "--group-size", "32", "--out", arg(&small)]);
+            assert_eq!(built.code, 0, "{name}: {}", built.err);
+            logits_of(dir.path(), &small, &[]).unwrap_or_else(|ran| panic!("{name}: {}", ran.err));
+        }
+    }
 }
 
 /// Protects what --logits means: rows of generate are those of eval on prompt and output.

@@ -18,9 +18,14 @@ pub fn tiny() -> PathBuf {
     root().join("models/tiny")
 }
 
+/// Golden checkpoints.
+pub fn goldens() -> PathBuf {
+    root().join("crates/mach-models/tests/goldens")
+}
+
 /// A golden checkpoint of plain weights.
 pub fn plain() -> PathBuf {
-    root().join("crates/mach-models/tests/goldens/qwen3_5-base")
+    goldens().join("qwen3_5-base")
 }
 
 /// A command with a clean environment of settings.
