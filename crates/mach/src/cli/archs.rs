@@ -19,11 +19,12 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
         return Ok(());
     }
     let yes = |b: bool| if b { "yes" } else { "no" };
-    output::line(&format!("{:<14} {:<36} {:<14} {:<8} {:<8} {:<6} layouts", "model_type", "reference", "activation", "stacked", "wrapped", "quant"));
+    let width = REGISTRY.iter().map(|a| a.activation.len()).max().unwrap_or(0);
+    output::line(&format!("{:<14} {:<36} {:<width$} {:<8} {:<8} {:<6} layouts", "model_type", "reference", "activation", "stacked", "wrapped", "quant"));
     for a in REGISTRY {
         let quant = format!("{}/{}", a.bits, a.group_size);
         output::line(&format!(
-            "{:<14} {:<36} {:<14} {:<8} {:<8} {quant:<6} {}",
+            "{:<14} {:<36} {:<width$} {:<8} {:<8} {quant:<6} {}",
             a.model_type,
             a.reference,
             a.activation,
