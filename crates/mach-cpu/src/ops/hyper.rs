@@ -4,7 +4,7 @@ use mach_backend::{HyperSpec, HyperWeights};
 
 use super::linear::{Product, Scratch, Weight, exact, identity, plain_from, products};
 use super::{Context, Shared, grown};
-use crate::kernels::{LANES, MAX_STREAMS};
+use crate::kernels::MAX_STREAMS;
 use crate::tensor::Tensor;
 
 /// `project · x` of each row, `[rows, mixes]`, and after them `1 / rms` of each row.
@@ -19,12 +19,7 @@ fn numbers<'s>(cx: Context<'_>, scratch: &'s mut Scratch, spec: &HyperSpec, w: &
     let product = Product { layout: w.layout, data: w.data(), per: 1, acts, rows: ids };
     // SAFETY: shapes checked; units write disjoint numbers, and each row its own norm.
     unsafe {
-        products(cx, &[product], &|done| {
-            let (column, n) = (done.tile * LANES, (mixes - done.tile * LANES).min(LANES));
-            for i in 0..done.n {
-                std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), to.at((done.first + i) * mixes + column), n);
-            }
-        });
+        products(cx, &[product], &|done| done.store(to, mixes, 0, mixes));
         cx.rows(rows, x.cols(), &|r| (cx.k.inverse_rms)(x.part(x_row + r, 1).as_ptr(), x.cols(), spec.norm_eps, to.at(rows * mixes + r)));
     }
     all

@@ -97,6 +97,19 @@ pub(crate) struct Done<'a> {
 }
 
 impl Done<'_> {
+    /// Copies a unit of one tile to its rows of `out`, whose rows are `stride` apart; the product has `cols` columns, and they begin
+    /// at `column`.
+    ///
+    /// # Safety
+    /// The rows and columns lie inside `out`, and no other unit writes them.
+    pub unsafe fn store(&self, out: Shared<f32>, stride: usize, column: usize, cols: usize) {
+        let (at, n) = (self.tile * LANES, (cols - self.tile * LANES).min(LANES));
+        for i in 0..self.n {
+            // SAFETY: the caller's promise; a row of a unit has 16 values.
+            unsafe { std::ptr::copy_nonoverlapping(self.row(0, i).as_ptr(), out.at((self.first + i) * stride + column + at), n) };
+        }
+    }
+
     /// The 16 values of row `i` in tile `t` of the unit.
     pub fn row(&self, t: usize, i: usize) -> &[f32] {
         &self.values[(t * self.n + i) * LANES..][..LANES]
@@ -217,10 +230,7 @@ pub(crate) fn linear(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor, rows: u
     unsafe {
         products(cx, &list, &|done| {
             let (out, cols) = targets[done.product];
-            let (column, n) = (done.tile * LANES, (cols - done.tile * LANES).min(LANES));
-            for i in 0..done.n {
-                std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), out.at((done.first + i) * cols + column), n);
-            }
+            done.store(out, cols, 0, cols);
         });
     }
 }
@@ -243,12 +253,7 @@ pub(crate) fn linear_grouped(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor,
                 _ => exact(w.layout.format, x),
             };
             let product = Product { layout: w.layout, data: w.data.as_ptr(), per: 1, acts, rows: ids };
-            products(cx, &[product], &|done| {
-                let (column, n) = (done.tile * LANES, (w.layout.rows - done.tile * LANES).min(LANES));
-                for i in 0..done.n {
-                    std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), to.at((done.first + i) * out_cols + first + column), n);
-                }
-            });
+            products(cx, &[product], &|done| done.store(to, out_cols, first, w.layout.rows));
         }
         first += w.layout.rows;
     }

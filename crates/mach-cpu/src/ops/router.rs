@@ -4,7 +4,6 @@ use mach_backend::{RouterBias, RouterScore, RouterSpec, RouterWeights};
 
 use super::linear::{Product, Scratch, Weight, exact, identity, plain, products};
 use super::{Context, Shared, grown};
-use crate::kernels::LANES;
 use crate::tensor::Tensor;
 
 /// Choices of a batch of rows, within a row in the order of choice.
@@ -37,12 +36,7 @@ pub(crate) fn route(
     let product = Product { layout: project.layout, data: project.data(), per: 1, acts: exact(project.layout.format, plain(x)), rows: ids };
     // SAFETY: shapes checked; units write disjoint scores.
     unsafe {
-        products(cx, &[product], &|done| {
-            let (column, n) = (done.tile * LANES, (experts - done.tile * LANES).min(LANES));
-            for i in 0..done.n {
-                std::ptr::copy_nonoverlapping(done.row(0, i).as_ptr(), scores.at(2 * (done.first + i) * experts + column), n);
-            }
-        });
+        products(cx, &[product], &|done| done.store(scores, 2 * experts, 0, experts));
     }
     routes.ids.clear();
     routes.ids.resize(rows * k, 0);
