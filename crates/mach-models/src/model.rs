@@ -161,6 +161,14 @@ pub struct Forward<B: Backend> {
 }
 
 impl<B: Backend> Forward<B> {
+    /// Angles of `rows` rows from `first` on in one of the tables → `ws.rope`.
+    fn upload_rope(&self, b: &B, spec: &ModelSpec, table: usize, first: usize, rows: usize, ws: &mut Workspace<B>) {
+        let cols = spec.ropes[table].dims();
+        b.reshape(&mut ws.rope, rows, cols);
+        ws.rope_half = cols / 2;
+        b.upload(&mut ws.rope, 0, &self.ropes[table][first * cols..(first + rows) * cols]);
+    }
+
     /// Layers done.
     pub fn layers_done(&self) -> usize {
         self.layer
@@ -469,10 +477,7 @@ impl<B: Backend> Model<B> {
             });
             match &layer.mixer {
                 Mixer::Attention(a) => {
-                    let cols = self.spec.ropes[a.block.rope].dims();
-                    b.reshape(&mut ws.rope, rows, cols);
-                    ws.rope_half = cols / 2;
-                    b.upload(&mut ws.rope, 0, &f.ropes[a.block.rope][first * cols..(first + rows) * cols]);
+                    f.upload_rope(b, &self.spec, a.block.rope, first, rows, ws);
                     let segments: Vec<Segment<'_>> = cut.map(|(seq, row, rows, pos)| Segment { row, rows, pos, blocks: &seqs[seq].blocks }).collect();
                     a.forward(b, ws, rows, eps, &segments, &mut self.kv);
                 }
@@ -487,6 +492,7 @@ impl<B: Backend> Model<B> {
                     g.forward(b, ws, rows, &mut segments);
                 }
                 Mixer::Latent(l) => {
+                    f.upload_rope(b, &self.spec, l.block.rope, first, rows, ws);
                     let cut: Vec<_> = cut.collect();
                     let mut segments = Vec::with_capacity(cut.len());
                     for (i, seq) in seqs.iter_mut().enumerate() {

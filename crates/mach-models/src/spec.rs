@@ -119,7 +119,7 @@ impl AttentionBlock {
 }
 
 /// Latent attention with the projections around it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LatentBlock {
     /// The operation; its type is that of the KV cache, whatever stands here.
     pub attention: LatentSpec,
@@ -129,8 +129,8 @@ pub struct LatentBlock {
     pub groups: usize,
     /// Width of a group between its two projections.
     pub o_rank: usize,
-    /// Frequencies of the rotating channels.
-    pub inv_freq: Vec<f32>,
+    /// Which of the model's [`RopeTable`]s; pairs are neighbours here.
+    pub rope: usize,
 }
 
 /// Feed-forward parts.

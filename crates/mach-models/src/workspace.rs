@@ -44,7 +44,6 @@ pub(crate) struct LatentScratch<T> {
     pub index_kv: T,
     pub index_gate: T,
     pub index_weights: T,
-    pub rope: T,
     pub entry_rope: T,
     pub out: T,
     pub grouped: T,
@@ -134,7 +133,7 @@ impl LatentWidths {
 
     /// Of one row.
     const fn values(&self) -> usize {
-        2 * self.q_rank + 2 * self.heads + self.kv + 2 * self.pool + self.index_q + self.index_heads + 2 * self.index_pool + 2 * self.rotary + self.grouped
+        2 * self.q_rank + 2 * self.heads + self.kv + 2 * self.pool + self.index_q + self.index_heads + 2 * self.index_pool + self.rotary + self.grouped
     }
 }
 
@@ -197,7 +196,6 @@ impl<B: Backend> Workspace<B> {
                 index_kv: t(c, l.index_pool),
                 index_gate: t(c, l.index_pool),
                 index_weights: t(c, l.index_heads),
-                rope: t(c, l.rotary),
                 entry_rope: t(c, l.rotary),
                 out: t(c, l.heads),
                 grouped: t(c, l.grouped),

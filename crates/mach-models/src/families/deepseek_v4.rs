@@ -9,8 +9,8 @@ use crate::ModelError;
 use crate::config::Fields;
 use crate::gguf::{GgufArch, GgufNames, Meta};
 use crate::registry::MoeArchAdapter;
-use crate::rope::{self, Yarn};
-use crate::spec::{FfnSpec, LatentBlock, LayerSpec, MixerSpec, ModelSpec, MoeSpec, SharedSpec};
+use crate::rope::Yarn;
+use crate::spec::{FfnSpec, LatentBlock, LayerSpec, MixerSpec, ModelSpec, MoeSpec, RopeTable, SharedSpec};
 use crate::tensors::{QWEN, WeightNames};
 
 /// The family.
@@ -182,8 +182,8 @@ fn hash_layers(c: &Fields<'_>, layers: usize) -> Result<usize, ModelError> {
     Ok(hashed)
 }
 
-/// Frequencies of layers without and with entries.
-fn frequencies(c: &Fields<'_>, rotary: usize) -> Result<[Vec<f32>; 2], ModelError> {
+/// Rotary embeddings of layers without and with entries.
+fn ropes(c: &Fields<'_>, rotary: usize) -> Result<Vec<RopeTable>, ModelError> {
     let (mut theta, mut compress_theta) = (c.number_opt("rope_theta")?.unwrap_or(10_000.0), c.number_opt("compress_rope_theta")?.unwrap_or(160_000.0));
     // Newer files have both kinds inside.
     let nested = c.object_opt("rope_parameters")?;
@@ -204,9 +204,9 @@ fn frequencies(c: &Fields<'_>, rotary: usize) -> Result<[Vec<f32>; 2], ModelErro
         }
         outer.finish()?;
     }
-    let yarn = scaling.as_ref().map(Yarn::read).transpose()?.flatten();
-    let compressed = yarn.map_or_else(|| rope::frequencies(compress_theta, rotary), |y| y.frequencies(compress_theta, rotary));
-    Ok([rope::frequencies(theta, rotary), compressed].map(|f| f.into_iter().map(|x| x as f32).collect()))
+    let yarn = scaling.as_ref().map(Yarn::read).transpose()?.flatten().map(|y| Yarn { attention_factor: Some(1.0), ..y });
+    let compressed = yarn.map_or_else(|| RopeTable::plain(compress_theta, rotary), |y| RopeTable::yarn(compress_theta, rotary, &y));
+    Ok(vec![RopeTable::plain(theta, rotary), compressed])
 }
 
 fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
@@ -253,7 +253,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let (experts, top_k) = (c.size("n_routed_experts")?, c.size_or("num_experts_per_tok", 6)?);
     let factor = c.number_opt("routed_scaling_factor")?.unwrap_or(1.5) as f32;
     let eps = c.number_opt("rms_norm_eps")?.unwrap_or(1e-6) as f32;
-    let [plain, compressed] = frequencies(c, rotary)?;
+    let ropes = ropes(c, rotary)?;
     let block = |ratio: usize| LatentBlock {
         attention: LatentSpec {
             heads,
@@ -268,7 +268,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         q_rank,
         groups,
         o_rank,
-        inv_freq: if ratio > 0 { compressed.clone() } else { plain.clone() },
+        rope: usize::from(ratio > 0),
     };
     let hyper = HyperSpec {
         streams: c.size_or("hc_mult", 4)?,
@@ -301,8 +301,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         logit_cap: None,
         post_norms: false,
         layer_scale: false,
-        // Latent layers have their own frequencies.
-        ropes: Vec::new(),
+        ropes,
         max_positions: c.size_or("max_position_embeddings", 1 << 20)?,
         tied: c.flag_or("tie_word_embeddings", false)?,
         hyper: Some(hyper),

@@ -7,7 +7,7 @@ use crate::ModelError;
 use crate::latent_tensors::{LatentTensors, PoolTensors};
 use crate::spec::LatentBlock;
 use crate::tensors::Resolved;
-use crate::workspace::{LatentScratch, Workspace};
+use crate::workspace::Workspace;
 
 /// What makes entries of one width.
 struct Pool<B: Backend> {
@@ -40,7 +40,7 @@ struct Index<B: Backend> {
 
 /// Weights of one layer.
 pub struct Latent<B: Backend> {
-    block: LatentBlock,
+    pub(crate) block: LatentBlock,
     spec: LatentSpec,
     q_a: B::Weight,
     q_norm: B::Tensor,
@@ -52,6 +52,8 @@ pub struct Latent<B: Backend> {
     o_b: B::Weight,
     pool: Option<Pool<B>>,
     index: Option<Index<B>>,
+    /// Frequencies of the rotating channels.
+    inv_freq: Vec<f32>,
     /// The first store of this layer among those of the model; index keys have the next one.
     store: usize,
 }
@@ -89,12 +91,13 @@ impl<B: Backend> Latent<B> {
             o_b: backend.weight(t.o_b.pack()?),
             pool,
             index,
-            block: block.clone(),
+            block: *block,
+            inv_freq: files.spec.ropes[block.rope].inv_freq.clone(),
             store,
         })
     }
 
-    /// `ws.h` rows → `ws.out` rows; advances the states. `entry_row` of the segments is filled in here.
+    /// `ws.h` rows → `ws.out` rows; advances the states. The rope table's rows are those of this call. `entry_row` of the segments is filled in here.
     pub(crate) fn forward(&self, backend: &B, ws: &mut Workspace<B>, rows: usize, segments: &mut [LatentSegment<'_, B::State>], entries: &mut [B::Entries]) {
         let (spec, l) = (&self.spec, &mut ws.latent);
         let heads = spec.heads * spec.dim;
@@ -131,7 +134,7 @@ impl<B: Backend> Latent<B> {
         of_q.extend(self.index.as_ref().map(|i| (&i.q, &mut l.index_q)));
         backend.linear(&l.q_normed, rows, &mut of_q);
 
-        self.angles(backend, l, segments, rows);
+        self.entry_angles(backend, &mut l.entry_rope, segments, rows);
         let w = LatentWeights {
             kv_norm: &self.kv_norm,
             sinks: &self.sinks,
@@ -147,7 +150,7 @@ impl<B: Backend> Latent<B> {
                 pool: PoolRows { kv: &l.index_kv, gate: &l.index_gate },
                 weights: &l.index_weights,
             }),
-            rope: &l.rope,
+            rope: &ws.rope,
             entry_rope: &l.entry_rope,
         };
         let (mut first, mut second) = (None, None);
@@ -161,27 +164,21 @@ impl<B: Backend> Latent<B> {
         backend.linear(&l.grouped, rows, &mut [(&self.o_b, &mut ws.out)]);
     }
 
-    /// Angles of the rows, and of the entries that they complete at the positions of those's first tokens.
-    fn angles(&self, backend: &B, l: &mut LatentScratch<B::Tensor>, segments: &mut [LatentSegment<'_, B::State>], rows: usize) {
-        let inv_freq = &self.block.inv_freq;
-        let cols = 2 * inv_freq.len();
-        let (mut tokens, mut entries) = (vec![0.0; rows * cols], Vec::new());
-        for s in segments {
-            for (i, out) in tokens[s.row * cols..(s.row + s.rows) * cols].chunks_exact_mut(cols.max(1)).enumerate() {
-                angles(inv_freq, s.pos + i, out);
-            }
-            if let Some(c) = &self.spec.compress {
+    /// Angles of the entries that the rows complete, at the positions of their first tokens.
+    fn entry_angles(&self, backend: &B, table: &mut B::Tensor, segments: &mut [LatentSegment<'_, B::State>], rows: usize) {
+        let cols = 2 * self.inv_freq.len();
+        let mut entries = Vec::new();
+        if let Some(c) = &self.spec.compress {
+            for s in segments {
                 s.entry_row = entries.len() / cols.max(1);
                 for n in c.complete(s.pos)..c.complete(s.pos + s.rows) {
                     let at = entries.len();
                     entries.resize(at + cols, 0.0);
-                    angles(inv_freq, n * c.ratio, &mut entries[at..]);
+                    angles(&self.inv_freq, n * c.ratio, &mut entries[at..]);
                 }
             }
         }
-        backend.reshape(&mut l.rope, rows, cols);
-        backend.upload(&mut l.rope, 0, &tokens);
-        backend.reshape(&mut l.entry_rope, rows, cols);
-        backend.upload(&mut l.entry_rope, 0, &entries);
+        backend.reshape(table, rows, cols);
+        backend.upload(table, 0, &entries);
     }
 }
