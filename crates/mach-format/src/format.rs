@@ -214,6 +214,17 @@ impl BlockFormat {
     pub const fn name(self) -> &'static str {
         self.facts().name
     }
+
+    /// The numbers of blocks as they lie in a GGUF file.
+    ///
+    /// # Panics
+    /// NVFP4, whose scales are relative to one of the tensor, or an `out` that has not [`columns`](Self::columns) values for every
+    /// [`source_bytes`](Self::source_bytes) bytes.
+    pub fn dequantise(self, blocks: &[u8], out: &mut [f32]) {
+        assert_ne!(self, Self::Nvfp4, "a scale of the tensor is missing");
+        assert_eq!(blocks.len() / self.source_bytes() * self.columns(), out.len(), "{} blocks", self.name());
+        crate::quant::dequantise_row(self, blocks, &[], out);
+    }
 }
 
 /// How the elements of a weight matrix are stored.

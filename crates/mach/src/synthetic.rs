@@ -2,23 +2,27 @@
 //! people run, and nothing has to be downloaded. What such a model says is noise.
 
 mod gguf;
+mod shapes;
+mod tensors;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use mach_backend::RouterBias;
 use mach_format::sidecar::{LayerShape, SidecarPlan};
 use mach_format::{
-    Checkpoint, Dtype, FormatError, PackedLayout, Planned, RecordLayout, SIDECAR_DIR, SafetensorsWriter, ScaleType, SidecarWriter, TILE_ROWS, WeightFormat,
+    BlockFormat, Checkpoint, FormatError, PackedLayout, Planned, RecordLayout, SIDECAR_DIR, SafetensorsWriter, ScaleType, SidecarWriter, TILE_ROWS,
+    WeightFormat,
 };
 use mach_models::MoeArchAdapter;
-use mach_models::spec::{FfnSpec, MixerSpec, ModelSpec};
+use mach_models::spec::ModelSpec;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
 use crate::rates::Xorshift;
 
-pub use gguf::gguf;
+pub use gguf::{QUANTS, gguf};
+pub use shapes::SHAPES;
+use tensors::{Tensor, residents};
 
 /// Columns that share a scale.
 const GROUP: u16 = 64;
@@ -27,49 +31,26 @@ const PIECE: usize = 8 << 20;
 /// ChatML.
 const TEMPLATE: &str = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}\
     {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}";
-/// Names of the shapes that [`Shape::named`] knows.
-pub const SHAPES: [&str; 2] = ["qwen3.6-35b-a3b", "qwen3-30b-a3b"];
 
 /// The configuration of a model and what to call it.
 #[derive(Clone, Debug)]
 pub struct Shape {
     name: String,
     config: Value,
+    /// Format of the experts, where it is not affine of as many bits as the rest.
+    experts: Option<BlockFormat>,
 }
 
 impl Shape {
     /// A published shape, one of [`SHAPES`].
     pub fn named(name: &str) -> Option<Self> {
-        let config = match name {
-            "qwen3.6-35b-a3b" => json!({
-                "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "tie_word_embeddings": false,
-                "text_config": {
-                    "model_type": "qwen3_5_moe_text", "hidden_size": 2048, "num_hidden_layers": 40, "vocab_size": 248_320,
-                    "layer_types": (1..=40).map(|i| if i % 4 == 0 { "full_attention" } else { "linear_attention" }).collect::<Vec<_>>(),
-                    "full_attention_interval": 4, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "attn_output_gate": true,
-                    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-                    "linear_conv_kernel_dim": 4, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
-                    "shared_expert_intermediate_size": 512, "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 262_144,
-                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
-                        "mrope_interleaved": true},
-                    "mamba_ssm_dtype": "float32", "attention_bias": false, "tie_word_embeddings": false,
-                },
-            }),
-            "qwen3-30b-a3b" => json!({
-                "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151_936,
-                "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
-                "moe_intermediate_size": 768, "norm_topk_prob": true, "decoder_sparse_step": 1, "mlp_only_layers": [], "intermediate_size": 5472,
-                "rope_theta": 1e7, "rope_scaling": null, "max_position_embeddings": 262_144, "use_sliding_window": false, "sliding_window": null,
-                "attention_bias": false, "tie_word_embeddings": false, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-            }),
-            _ => return None,
-        };
-        Some(Self { name: name.to_owned(), config })
+        let (config, experts) = shapes::named(name)?;
+        Some(Self { name: name.to_owned(), config, experts })
     }
 
     /// A shape of one's own.
     pub fn new(name: impl Into<String>, config: Value) -> Self {
-        Self { name: name.into(), config }
+        Self { name: name.into(), config, experts: None }
     }
 
     /// The configuration, without quantisation.
@@ -90,6 +71,9 @@ impl Shape {
         text["num_hidden_layers"] = json!(layers);
         if let Some(types) = text.get_mut("layer_types").and_then(Value::as_array_mut) {
             types.truncate(layers);
+        }
+        if let Some(ratios) = text.get_mut("compress_ratios").and_then(Value::as_array_mut) {
+            ratios.truncate(layers);
         }
         Ok(self)
     }
@@ -122,8 +106,7 @@ pub fn pack(shape: &Shape, bits: u8, cache: &Path, progress: &mut dyn FnMut(u64,
 /// As [`pack`].
 pub fn write(shape: &Shape, bits: u8, dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
     let (arch, spec) = mach_models::spec_of(&shape.config)?;
-    check_mixers(&spec)?;
-    let format = WeightFormat::Affine { bits, group: GROUP, scales: ScaleType::F16 };
+    let format = shape.experts.map_or(WeightFormat::Affine { bits, group: GROUP, scales: ScaleType::F16 }, WeightFormat::Block);
     let tensors = residents(arch, &spec, shape.config.get("text_config").is_some());
     let planned: Vec<Planned> = tensors.iter().flat_map(|t| t.planned(bits)).collect();
     let sidecar = sidecar_plan(arch, &spec, format);
@@ -184,14 +167,6 @@ pub fn write(shape: &Shape, bits: u8, dir: &Path, progress: &mut dyn FnMut(u64, 
     fs::rename(&staging, dir).map_err(Error::io(format!("rename {}", staging.display())))
 }
 
-/// Latent attention has tensors that are not made up here.
-fn check_mixers(spec: &ModelSpec) -> Result<(), Error> {
-    if spec.layers.iter().any(|l| matches!(l.mixer, MixerSpec::Latent(_))) {
-        return Err(FormatError::Plan { reason: "synthetic weights of latent attention are not supported".to_owned() }.into());
-    }
-    Ok(())
-}
-
 /// Bytes of the files in a folder that may not exist.
 fn bytes_in(dir: &Path) -> u64 {
     fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum()
@@ -224,200 +199,33 @@ fn fill_random(out: &mut [u8], random: &mut Xorshift) {
     rest.iter_mut().for_each(|byte| *byte = random.next() as u8);
 }
 
-/// Random weights in the packed layout: whole tiles, which are sequences of group blocks.
+/// Random weights in the packed layout: whole tiles, which are sequences of blocks.
 fn fill_tiles(layout: &PackedLayout, tiles: &mut [u8], random: &mut Xorshift) {
-    let WeightFormat::Affine { bits, .. } = layout.format else { return };
-    let params = affine(bits, unit_gain(layout.cols));
+    let std = unit_gain(layout.cols);
     let lines = layout.line_bytes();
     for block in tiles.chunks_exact_mut(layout.block_bytes()) {
         let (data, rest) = block.split_at_mut(lines);
         fill_random(data, random);
-        for (values, param) in rest.chunks_exact_mut(TILE_ROWS * 2).zip(params) {
-            values.as_chunks_mut().0.fill(param);
-        }
-    }
-}
-
-/// A tensor beside the experts.
-struct Tensor {
-    /// Module of a quantised matrix, full name of others.
-    name: String,
-    content: Content,
-}
-
-enum Content {
-    /// A quantised matrix of this standard deviation.
-    Matrix { rows: usize, cols: usize, std: f32 },
-    /// Plain values.
-    Plain { dtype: Dtype, shape: Vec<usize>, draw: Draw },
-}
-
-/// What plain values are drawn from.
-#[derive(Clone, Copy)]
-enum Draw {
-    Normal {
-        mean: f32,
-        std: f32,
-    },
-    /// ln of 1 to 16, as recurrent layers are initialised.
-    LogDecay,
-    /// Inverse softplus of 0.001 to 0.1, evenly in logarithms.
-    TimeStep,
-}
-
-impl Draw {
-    fn value(self, random: &mut Xorshift) -> f32 {
-        match self {
-            Self::Normal { mean, std } => mean + std * random.normal(),
-            Self::LogDecay => (1.0 + 15.0 * random.unit()).ln(),
-            Self::TimeStep => (0.001 * 100f32.powf(random.unit())).exp_m1().ln(),
-        }
-    }
-}
-
-impl Tensor {
-    fn matrix(&self) -> Option<(usize, usize)> {
-        match self.content {
-            Content::Matrix { rows, cols, .. } => Some((rows, cols)),
-            Content::Plain { .. } => None,
-        }
-    }
-
-    fn planned(&self, bits: u8) -> Vec<Planned> {
-        match &self.content {
-            Content::Plain { dtype, shape, .. } => vec![Planned { name: self.name.clone(), dtype: *dtype, shape: shape.clone() }],
-            Content::Matrix { rows, cols, .. } => {
-                let part = |suffix: &str, dtype, width| Planned { name: format!("{}.{suffix}", self.name), dtype, shape: vec![*rows, width] };
-                let groups = cols / usize::from(GROUP);
-                vec![part("weight", Dtype::U32, cols * usize::from(bits) / 32), part("scales", Dtype::F16, groups), part("biases", Dtype::F16, groups)]
-            }
-        }
-    }
-
-    fn write(&self, file: &mut SafetensorsWriter, bits: u8, random: &mut Xorshift, advance: &mut dyn FnMut(usize)) -> Result<(), FormatError> {
-        let planned = self.planned(bits);
-        let params = match self.content {
-            Content::Matrix { std, .. } => affine(bits, std),
-            Content::Plain { .. } => [[0; 2]; 2],
-        };
-        for (i, tensor) in planned.iter().enumerate() {
-            let mut left = tensor.bytes();
-            while left > 0 {
-                let mut piece = vec![0; left.min(PIECE)];
-                match (&self.content, i) {
-                    (Content::Matrix { .. }, 0) => fill_random(&mut piece, random),
-                    (Content::Matrix { .. }, i) => piece.as_chunks_mut().0.fill(params[i - 1]),
-                    (Content::Plain { dtype: Dtype::F32, draw, .. }, _) => {
-                        piece.as_chunks_mut().0.iter_mut().for_each(|v| *v = draw.value(random).to_le_bytes())
-                    }
-                    (Content::Plain { draw, .. }, _) => {
-                        piece.as_chunks_mut().0.iter_mut().for_each(|v| *v = half::bf16::from_f32(draw.value(random)).to_le_bytes());
-                    }
-                }
-                file.write(&tensor.name, &piece)?;
-                advance(piece.len());
-                left -= piece.len();
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Every tensor beside the experts, in the order of the layers.
-fn residents(arch: &MoeArchAdapter, spec: &ModelSpec, wrapped: bool) -> Vec<Tensor> {
-    let names = arch.names;
-    let root = if wrapped { names.roots[0] } else { "model." };
-    let hidden = spec.hidden;
-    let matrix = |name: String, rows: usize, cols: usize| Tensor { name, content: Content::Matrix { rows, cols, std: unit_gain(cols) } };
-    // Small projections stay in bf16, as quantised releases keep them in 8 bits or more.
-    let plain = |name: String, shape: Vec<usize>, mean: f32, std: f32| Tensor {
-        name,
-        content: Content::Plain { dtype: Dtype::BF16, shape, draw: Draw::Normal { mean, std } },
-    };
-    let small = |name: String, rows: usize| plain(name + ".weight", vec![rows, hidden], 0.0, unit_gain(hidden));
-    // A norm weight near 1, stored less one where the family has it so.
-    let norm = |name: String, len: usize| plain(name, vec![len], if arch.one_plus_norm { 0.0 } else { 1.0 }, 0.02);
-    let block = |all: &mut Vec<Tensor>, [gate, up, down]: [String; 3], inner: usize| {
-        all.extend([matrix(gate, inner, hidden), matrix(up, inner, hidden), matrix(down, hidden, inner)]);
-    };
-
-    // Rows of size 1, so that what tells one token from another is not lost behind what the layers add.
-    let mut all = vec![Tensor { name: format!("{root}embed_tokens"), content: Content::Matrix { rows: spec.vocab, cols: hidden, std: 1.0 } }];
-    for (i, layer) in spec.layers.iter().enumerate() {
-        let at = |name: &str| format!("{root}layers.{i}.{name}");
-        all.push(norm(at(names.norms[0]) + ".weight", hidden));
-        all.push(norm(at(names.norms[1]) + ".weight", hidden));
-        if spec.post_norms {
-            all.extend(names.post_norms.map(|name| norm(at(name) + ".weight", hidden)));
-        }
-        if spec.layer_scale {
-            all.push(plain(at(names.layer_scale), vec![1], 1.0, 0.02));
-        }
-        match &layer.mixer {
-            MixerSpec::Attention(block) => {
-                let a = &block.attention;
-                let [q, k, v, o, q_norm, k_norm] = names.attention.map(at);
-                let (heads, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-                let q_rows = if a.gate { 2 * heads } else { heads };
-                if block.bias {
-                    all.extend([(&q, q_rows), (&k, kv), (&v, kv), (&o, hidden)].map(|(module, len)| plain(format!("{module}.bias"), vec![len], 0.0, 0.02)));
-                }
-                if block.sinks {
-                    all.push(plain(at(names.sinks), vec![a.heads], 0.0, 1.0));
-                }
-                if block.qk_norm {
-                    all.extend([norm(q_norm + ".weight", a.head_dim), norm(k_norm + ".weight", a.head_dim)]);
-                }
-                all.extend([matrix(q, q_rows, hidden), matrix(k, kv, hidden), matrix(o, hidden, heads)]);
-                if !block.v_from_k {
-                    all.push(matrix(v, kv, hidden));
+        match layout.format {
+            WeightFormat::Affine { bits, .. } => {
+                for (values, param) in rest.chunks_exact_mut(TILE_ROWS * 2).zip(affine(bits, std)) {
+                    values.as_chunks_mut().0.fill(param);
                 }
             }
-            // Refused before.
-            MixerSpec::Latent(_) => {}
-            MixerSpec::Gdn(g) => {
-                let [qkv, z, b, a, o] = names.gdn.map(at);
-                let [conv, a_log, dt_bias, gated_norm] = names.gdn_small.map(at);
-                let values = g.v_heads * g.v_dim;
-                all.extend([matrix(qkv, g.channels(), hidden), matrix(z, values, hidden), small(b, g.v_heads), small(a, g.v_heads), matrix(o, hidden, values)]);
-                all.push(plain(conv, vec![g.channels(), 1, g.kernel], 0.0, unit_gain(g.kernel)));
-                all.push(Tensor { name: a_log, content: Content::Plain { dtype: Dtype::F32, shape: vec![g.v_heads], draw: Draw::LogDecay } });
-                all.push(Tensor { name: dt_bias, content: Content::Plain { dtype: Dtype::BF16, shape: vec![g.v_heads], draw: Draw::TimeStep } });
-                all.push(plain(gated_norm, vec![g.v_dim], 1.0, 0.02));
-            }
-        }
-        match &layer.ffn {
-            FfnSpec::Moe(m) => {
-                all.push(small(at(names.router), m.router.experts));
-                if m.router.bias != RouterBias::None {
-                    all.push(plain(at(names.router) + ".bias", vec![m.router.experts], 0.0, 0.02));
-                }
-                if m.expert_scale {
-                    all.push(plain(at(names.expert_scale), vec![m.router.experts], 1.0, 0.02));
-                }
-                if m.expert_bias {
-                    let sizes = [m.inner, m.inner, hidden];
-                    all.extend(names.switch.iter().zip(sizes).map(|(n, len)| plain(at(n) + ".bias", vec![m.router.experts, len], 0.0, 0.02)));
-                }
-                if m.apart {
-                    all.extend(names.apart.map(|name| norm(at(name), hidden)));
-                }
-                if let Some(shared) = m.shared {
-                    let [gate, up, down, scalar] = names.shared.map(at);
-                    block(&mut all, [gate, up, down], shared.inner);
-                    if shared.gated {
-                        all.push(small(scalar, 1));
-                    }
-                }
-            }
-            FfnSpec::Dense { inner, .. } => block(&mut all, names.dense.map(at), *inner),
+            // MXFP4: an exponent for each row.
+            _ => rest.iter_mut().for_each(|e| *e = exponent(std / E2M1_STD, random)),
         }
     }
-    all.push(norm(format!("{root}norm.weight"), hidden));
-    if !spec.tied {
-        all.push(matrix(names.heads[0].to_owned(), spec.vocab, hidden));
-    }
-    all
+}
+
+/// Standard deviation of random E2M1 numbers.
+const E2M1_STD: f32 = 2.926;
+
+/// The stored exponent of a scale: one of the two neighbours, so often that the mean of squares is right.
+fn exponent(scale: f32, random: &mut Xorshift) -> u8 {
+    let lower = scale.log2().floor();
+    let upper = random.unit() < ((scale / lower.exp2()).powi(2) - 1.0) / 3.0;
+    (lower + 127.0) as u8 + u8::from(upper)
 }
 
 /// Configuration, and a tokenizer of 256 bytes with a ChatML template, so that every command runs.
@@ -461,6 +269,7 @@ mod tests {
 
     use mach_backend::Reference;
     use mach_format::sidecar;
+    use mach_models::spec::MixerSpec;
     use mach_models::{Model, Row, Want};
     use mach_session::TextModel;
 
@@ -469,29 +278,52 @@ mod tests {
     use crate::load::prepare_at;
     use crate::locate::ModelPath;
 
-    fn small(model_type: &str) -> Shape {
-        let config = json!({
-            "model_type": model_type, "hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 320, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "max_position_embeddings": 256,
+    /// Four layers of a family with everything that it has; blocks of `columns` columns divide its rows.
+    pub(super) fn small(model_type: &str, columns: usize) -> Shape {
+        let sliding = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"];
+        let own = match model_type {
+            "qwen3_moe" => json!({"num_experts": 8, "moe_intermediate_size": columns, "norm_topk_prob": true}),
+            "qwen3_5_moe" => json!({
+                "num_experts": 8, "moe_intermediate_size": columns, "shared_expert_intermediate_size": columns, "linear_num_key_heads": columns / 64,
+                "linear_num_value_heads": columns / 32, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+                "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+                "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25},
+            }),
+            "gpt_oss" => json!({
+                "num_local_experts": 8, "intermediate_size": columns, "layer_types": sliding, "sliding_window": 3,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": false},
+            }),
+            "gemma4" => json!({
+                "num_experts": 8, "moe_intermediate_size": columns, "intermediate_size": columns, "top_k_experts": 2, "enable_moe_block": true,
+                "layer_types": sliding, "sliding_window": 3, "global_head_dim": 128, "num_global_key_value_heads": 1, "attention_k_eq_v": true,
+                "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0,
+            }),
+            _ => json!({
+                "n_routed_experts": 8, "moe_intermediate_size": columns, "num_key_value_heads": 1, "q_lora_rank": columns, "qk_rope_head_dim": 16,
+                "o_groups": 2, "o_lora_rank": columns, "compress_ratios": [0, 4, 128, 4], "sliding_window": 3, "index_n_heads": 2, "index_head_dim": 32,
+                "index_topk": 2, "hc_mult": 2, "num_hash_layers": 1,
+            }),
+        };
+        let mut config = json!({
+            "model_type": model_type, "hidden_size": 2 * columns, "num_hidden_layers": 4, "vocab_size": 320, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 64, "num_experts_per_tok": 2, "max_position_embeddings": 256,
         });
-        let mut shape = Shape::new(format!("small-{model_type}"), config);
-        if model_type == "qwen3_5_moe" {
-            let more = json!({"shared_expert_intermediate_size": 64, "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 64,
-                "linear_value_head_dim": 64, "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]});
-            let more = more.as_object().unwrap().clone();
-            shape.config.as_object_mut().unwrap().extend(more);
+        if model_type == "gemma4" {
+            config.as_object_mut().unwrap().remove("num_experts_per_tok");
         }
-        shape
+        config.as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
+        let experts = matches!(model_type, "gpt_oss" | "deepseek_v4").then_some(BlockFormat::Mxfp4);
+        Shape { experts, ..Shape::new(format!("small-{model_type}"), config) }
     }
 
-    /// Protects packs of both families and widths: complete, verified, loadable, with logits that are numbers of a sane
+    /// Protects packs of all families and widths: complete, verified, loadable, with logits that are numbers of a sane
     /// size and differ from token to token, and a tokenizer that gives bytes back.
     #[test]
     fn packs_are_valid_checkpoints() {
         let cache = tempfile::tempdir().unwrap();
-        for (model_type, bits) in [("qwen3_5_moe", 4), ("qwen3_moe", 4), ("qwen3_moe", 8)] {
+        for (model_type, bits) in [("qwen3_5_moe", 4), ("qwen3_moe", 4), ("qwen3_moe", 8), ("gpt_oss", 4), ("gemma4", 4), ("deepseek_v4", 4)] {
             let mut last = (0, 0);
-            let dir = pack(&small(model_type), bits, cache.path(), &mut |done, all| last = (done, all)).unwrap();
+            let dir = pack(&small(model_type, 64), bits, cache.path(), &mut |done, all| last = (done, all)).unwrap();
             assert!(last.0 == last.1 && last.0 > 0, "{last:?}");
             assert_eq!(sidecar::verify(&dir.join(SIDECAR_DIR), &mut |_, _| {}).unwrap().records, 4 * 8);
 
@@ -522,7 +354,7 @@ mod tests {
     #[test]
     fn packs_are_kept_and_builds_resume() {
         let cache = tempfile::tempdir().unwrap();
-        let shape = small("qwen3_moe");
+        let shape = small("qwen3_moe", 64);
         let dir = pack(&shape, 4, cache.path(), &mut |_, _| {}).unwrap();
         pack(&shape, 4, cache.path(), &mut |_, _| panic!("written again")).unwrap();
         let partial = cache.path().join("synthetic/small-qwen3_moe-4layers-4bit.partial");
@@ -541,13 +373,13 @@ mod tests {
         let (_, spec) = mach_models::spec_of(shape.config()).unwrap();
         let attention: Vec<bool> = spec.layers.iter().map(|l| matches!(l.mixer, MixerSpec::Attention(_))).collect();
         assert_eq!(attention, [false, false, false, true, false, false]);
+        assert!(SHAPES.iter().all(|name| mach_models::spec_of(Shape::named(name).unwrap().cut(3).unwrap().config()).unwrap().1.layers.len() == 3));
         for layers in [0, 49] {
             let error = Shape::named("qwen3-30b-a3b").unwrap().cut(layers).unwrap_err();
             assert!(error.to_string().contains("1 to 48"), "{error}");
         }
-        let mut odd = small("qwen3_moe");
+        let mut odd = small("qwen3_moe", 64);
         odd.config["hidden_size"] = json!(96);
         assert!(write(&odd, 4, Path::new("/nonexistent/odd"), &mut |_, _| {}).unwrap_err().to_string().contains("groups of 64"));
-        assert!(SHAPES.iter().all(|name| Shape::named(name).is_some()));
     }
 }

@@ -23,8 +23,11 @@ pub struct Args {
     /// Only the first N layers of the shape.
     #[arg(long)]
     layers: Option<usize>,
+    /// Block type of its weights, as `mach bench --quant` takes it.
+    #[arg(long, default_value = "q4_k")]
+    quant: String,
     /// A GGUF file instead of a shape.
-    #[arg(long, conflicts_with_all = ["shape", "layers"])]
+    #[arg(long, conflicts_with_all = ["shape", "layers", "quant"])]
     gguf: Option<PathBuf>,
     /// Memory that either program may use, the page cache it fills included: 8GiB, 1300MiB. In a cgroup where one can be
     /// made, else by locking the rest of the memory.
@@ -127,6 +130,7 @@ fn model(mach: &Path, args: &Args, cache: &Path) -> Result<PathBuf> {
     let mut make = Command::new(mach);
     make.args(["bench", "decode", "--format", "gguf", "--tokens", "1", "--repeat", "1", "--json", "--cache-dir"]).arg(cache);
     make.args(args.shape.iter().flat_map(|s| ["--synthetic", s]));
+    make.args(["--quant", &args.quant]);
     make.args(args.layers.iter().flat_map(|n| ["--layers".to_owned(), n.to_string()]));
     let facts: Value = serde_json::from_slice(&output(&mut make)?).context("mach bench printed no JSON")?;
     let name = facts["model"].as_str().context("mach bench named no model")?;

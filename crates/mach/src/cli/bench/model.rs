@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use mach_format::BlockFormat;
+
 use crate::Error;
 use crate::synthetic::{self, Shape};
 
@@ -17,12 +19,15 @@ pub(super) struct ModelArgs {
     /// Only the first N layers of the shape
     #[arg(long, value_name = "N", requires = "synthetic")]
     layers: Option<usize>,
-    /// Bits per weight of the shape
+    /// Bits per weight of the shape; experts that are published in MXFP4 (gpt-oss-20b, deepseek-v4-flash) keep it
     #[arg(long, value_name = "BITS", default_value = "4", value_parser = ["4", "8"], requires = "synthetic")]
     bits: String,
-    /// A pack, or a GGUF file of Q4_K (what llama.cpp reads too)
+    /// A pack, or a GGUF file (what llama.cpp reads too; not for deepseek-v4-flash)
     #[arg(long, value_name = "FORMAT", default_value = "pack", value_parser = ["pack", "gguf"], requires = "synthetic")]
     format: String,
+    /// Block type of the linears and experts of a GGUF file
+    #[arg(long, value_name = "TYPE", default_value = "q4_K", ignore_case = true, value_parser = clap::builder::PossibleValuesParser::new(synthetic::QUANTS.map(BlockFormat::name)), requires = "synthetic")]
+    quant: String,
     /// Where synthetic models are kept [default: mach in $XDG_CACHE_HOME or ~/.cache]
     #[arg(long, value_name = "DIR", env = "MACH_CACHE_DIR")]
     cache_dir: Option<PathBuf>,
@@ -49,7 +54,10 @@ impl ModelArgs {
             bar.set_position(done);
         };
         let dir = match self.format.as_str() {
-            "gguf" => synthetic::gguf(&shape, &cache, progress),
+            "gguf" => {
+                let quant = synthetic::QUANTS.into_iter().find(|q| q.name().eq_ignore_ascii_case(&self.quant));
+                synthetic::gguf(&shape, quant.unwrap_or(BlockFormat::Q4K), &cache, progress)
+            }
             _ => synthetic::pack(&shape, if self.bits == "8" { 8 } else { 4 }, &cache, progress),
         };
         bar.finish_and_clear();
