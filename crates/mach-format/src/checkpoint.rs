@@ -13,13 +13,14 @@ use serde_json::Value;
 
 use crate::error::FormatError;
 use crate::gguf::{GgmlType, Gguf};
+use crate::outline::ShardAt;
 use crate::sidecar::SIDECAR_DIR;
 
 pub use safetensors::Dtype;
 
 const INDEX: &str = "model.safetensors.index.json";
 /// Headers beyond this are refused before they are read.
-const MAX_HEADER: u64 = 100_000_000;
+pub(crate) const MAX_HEADER: u64 = 100_000_000;
 
 /// How the elements of a tensor are stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -88,6 +89,8 @@ pub struct Checkpoint {
     config: Value,
     generation: Option<Value>,
     tensors: IndexMap<String, TensorInfo>,
+    /// Files of which only the outline is there.
+    partial: Vec<usize>,
     pub(crate) files: Arc<Files>,
 }
 
@@ -99,6 +102,16 @@ impl Checkpoint {
     /// A missing or malformed `config.json`, a missing shard, an index that does not fit its shards, a file whose
     /// length or header is wrong.
     pub fn open(dir: &Path) -> Result<Self, FormatError> {
+        Self::open_outline(dir, &|_| None)
+    }
+
+    /// As [`Checkpoint::open`] where not all shards are in the directory, or not whole: `shard` says of a file's name where it is
+    /// and how long the whole is. Its header must be there, and what [`shape_tensors`](crate::shape_tensors) names; what else can be read,
+    /// [`Checkpoint::has_data`] says.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_outline(dir: &Path, shard: &dyn Fn(&str) -> Option<ShardAt>) -> Result<Self, FormatError> {
         let config_path = dir.join("config.json");
         if !config_path.is_file() {
             return Err(FormatError::NotACheckpoint { path: config_path });
@@ -110,17 +123,23 @@ impl Checkpoint {
         let (shards, weight_map) = if index_path.is_file() { read_index(&index_path)? } else { (vec![single_file(dir)?], IndexMap::new()) };
 
         let mut tensors = IndexMap::new();
-        let mut open = Vec::with_capacity(shards.len());
-        for (number, shard) in shards.iter().enumerate() {
-            let path = dir.join(shard);
+        let (mut open, mut partial) = (Vec::with_capacity(shards.len()), Vec::new());
+        for (number, name) in shards.iter().enumerate() {
+            let at = shard(name);
+            let bytes = at.as_ref().map(|at| at.bytes);
+            if at.as_ref().is_some_and(|at| !at.whole) {
+                partial.push(number);
+            }
+            let path = at.map_or_else(|| dir.join(name), |at| at.path);
             let file = File::open(&path).map_err(|e| match e.kind() {
                 std::io::ErrorKind::NotFound if !weight_map.is_empty() => FormatError::MissingShard { path: path.clone(), index: index_path.clone() },
                 _ => FormatError::io("open", &path)(e),
             })?;
-            for (name, info) in read_header(&path, &file, number)? {
+            let length = bytes.map_or_else(|| file.metadata().map(|m| m.len()), Ok).map_err(FormatError::io("examine", &path))?;
+            for (tensor, info) in read_header(&path, &file, number, length)? {
                 // The index decides where a name that stands in two shards is read from.
-                if weight_map.get(&name).is_none_or(|home| home == shard) {
-                    tensors.entry(name).or_insert(info);
+                if weight_map.get(&tensor).is_none_or(|home| home == name) {
+                    tensors.entry(tensor).or_insert(info);
                 }
             }
             open.push((path, file));
@@ -130,7 +149,7 @@ impl Checkpoint {
                 return Err(FormatError::IndexMismatch { index: index_path, tensor: name.clone(), shard: dir.join(shard) });
             }
         }
-        Ok(Self { dir: dir.to_owned(), gguf: None, config, generation, tensors, files: Arc::new(Files { open }) })
+        Ok(Self { dir: dir.to_owned(), gguf: None, config, generation, tensors, partial, files: Arc::new(Files { open }) })
     }
 
     /// A GGUF model seen as a checkpoint: `config` is what its metadata says in the words of a `config.json`, `rename`
@@ -149,7 +168,7 @@ impl Checkpoint {
         }
         let dir = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
         let gguf = Some(GgufFile { path, vocabulary_bytes: metadata.text_bytes() });
-        Ok(Self { dir, gguf, config, generation: None, tensors, files: Arc::new(Files { open }) })
+        Ok(Self { dir, gguf, config, generation: None, tensors, partial: Vec::new(), files: Arc::new(Files { open }) })
     }
 
     /// The directory.
@@ -200,6 +219,11 @@ impl Checkpoint {
     /// A tensor by its full name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.get(name)
+    }
+
+    /// Whether a tensor is there and can be read: of an outline it is known, no more.
+    pub fn has_data(&self, name: &str) -> bool {
+        self.tensors.get(name).is_some_and(|info| !self.partial.contains(&info.file))
     }
 
     /// All tensors in the order of their files.
@@ -350,11 +374,10 @@ fn single_file(dir: &Path) -> Result<String, FormatError> {
     }
 }
 
-/// Parses and validates a safetensors header against the length of its file.
-fn read_header(path: &Path, file: &File, number: usize) -> Result<Vec<(String, TensorInfo)>, FormatError> {
+/// Parses and validates a safetensors header against the length of its file when that is whole.
+fn read_header(path: &Path, file: &File, number: usize, length: u64) -> Result<Vec<(String, TensorInfo)>, FormatError> {
     let header_error = |reason: String| FormatError::Header { path: path.to_owned(), reason };
     let truncated = |expected, got| FormatError::Truncated { path: path.to_owned(), expected, got };
-    let length = file.metadata().map_err(FormatError::io("examine", path))?.len();
     let mut prefix = [0; 8];
     if length < 8 {
         return Err(truncated(8, length));

@@ -48,6 +48,24 @@ impl TryFrom<String> for Fingerprint {
     }
 }
 
+impl Fingerprint {
+    /// Of a checkpoint that is known by its configuration and by names and hashes of its weight files, which stand for all that
+    /// [`fingerprint`] looks at.
+    pub fn of_hashes<'a>(config: &[u8], files: impl Iterator<Item = (&'a str, &'a str)>) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        let mut field = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        field(config);
+        for (name, hash) in files {
+            field(name.as_bytes());
+            field(hash.as_bytes());
+        }
+        Self(*hasher.finalize().as_bytes())
+    }
+}
+
 /// The fingerprint of a checkpoint: equal for copies in other places, different when the configuration, a name, a
 /// type, a shape or a sampled byte differs. Reads at most about 64 MiB.
 ///

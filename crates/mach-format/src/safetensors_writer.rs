@@ -9,7 +9,7 @@ use crate::disk::AtomicFile;
 use crate::error::FormatError;
 
 /// A tensor to be written.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Planned {
     /// Full name.
     pub name: String,
@@ -40,20 +40,8 @@ impl SafetensorsWriter {
     /// # Errors
     /// A name that occurs twice, a file that cannot be written.
     pub fn create(path: &Path, plan: Vec<Planned>) -> Result<Self, FormatError> {
-        let invalid = |reason: String| FormatError::Plan { reason };
-        let mut at = 0;
-        let mut entries = Vec::with_capacity(plan.len());
-        for tensor in &plan {
-            let entry = HeaderEntry { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (at, at + tensor.bytes()) };
-            at += tensor.bytes();
-            entries.push((tensor.name.clone(), entry));
-        }
-        let format = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let metadata = Metadata::new(Some(format), entries).map_err(|e| invalid(e.to_string()))?;
-        let mut header = serde_json::to_vec(&metadata).map_err(|e| invalid(e.to_string()))?;
-        header.resize(header.len().next_multiple_of(8), b' ');
-        let mut file = AtomicFile::create(path, (8 + header.len() + at) as u64)?;
-        file.write(&(header.len() as u64).to_le_bytes())?;
+        let (header, bytes) = header(&plan)?;
+        let mut file = AtomicFile::create(path, header.len() as u64 + bytes)?;
         file.write(&header)?;
         Ok(Self { file, plan: plan.into_iter().peekable(), written: 0 })
     }
@@ -88,4 +76,21 @@ impl SafetensorsWriter {
             Some(due) => Err(FormatError::Plan { reason: format!("{} was not written", due.name) }),
         }
     }
+}
+
+/// What stands before the data of a file, and the bytes of that data.
+pub(crate) fn header(plan: &[Planned]) -> Result<(Vec<u8>, u64), FormatError> {
+    let invalid = |reason: String| FormatError::Plan { reason };
+    let mut at = 0;
+    let mut entries = Vec::with_capacity(plan.len());
+    for tensor in plan {
+        let entry = HeaderEntry { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (at, at + tensor.bytes()) };
+        at += tensor.bytes();
+        entries.push((tensor.name.clone(), entry));
+    }
+    let format = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let metadata = Metadata::new(Some(format), entries).map_err(|e| invalid(e.to_string()))?;
+    let mut json = serde_json::to_vec(&metadata).map_err(|e| invalid(e.to_string()))?;
+    json.resize(json.len().next_multiple_of(8), b' ');
+    Ok(([&(json.len() as u64).to_le_bytes()[..], &json].concat(), at as u64))
 }

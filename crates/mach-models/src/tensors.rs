@@ -349,7 +349,7 @@ impl Resolved {
             reason: "this is a pack; build from the checkpoint that it was made of".to_owned(),
         })?;
         let mut quantise = Vec::new();
-        let mut covered: HashSet<String> = experts.iter().flat_map(|l| [&l.gate, &l.up, &l.down]).flat_map(expert_tensors).collect();
+        let mut covered: HashSet<String> = experts.iter().flat_map(|l| [&l.gate, &l.up, &l.down]).flat_map(ExpertSource::tensors).collect();
         let mut add = |m: &Matrix, widened: bool| {
             // What is widened at load stays as it is.
             if widened {
@@ -371,13 +371,6 @@ impl Resolved {
         let keep = self.ck.tensors().map(|(name, _)| name).filter(|name| !covered.contains(*name) && !self.unused.iter().any(|u| u == name));
         let keep = keep.map(str::to_owned).collect();
         Ok(PackPlan { model_type: self.arch.model_type.to_owned(), experts, expert_format: format, quantise, keep })
-    }
-}
-
-fn expert_tensors(source: &ExpertSource) -> Vec<String> {
-    match source {
-        ExpertSource::Stacked(m) | ExpertSource::StackedRows(m, _) => m.tensors().to_vec(),
-        ExpertSource::Each(all) => all.iter().flat_map(|m| m.tensors().to_vec()).collect(),
     }
 }
 

@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::Error;
 
+/// Where packs stand in a repository's folder of the cache.
+pub(crate) const PACKS: &str = "packs";
+
 /// A model on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelPath {
@@ -43,7 +46,7 @@ pub fn locate(model: Option<&str>) -> Result<ModelPath, Error> {
         return Err(Error::NoSuchPath { path: model.to_owned() });
     }
     let cache = hub_cache();
-    match snapshot(&cache.join(format!("models--{}", model.replace('/', "--")))) {
+    match in_cache(&cache.join(format!("models--{}", model.replace('/', "--")))) {
         Some(dir) => Ok(ModelPath { dir, name: model.to_owned(), builtin: false }),
         None => Err(Error::ModelNotFound { name: model.to_owned(), cache }),
     }
@@ -55,7 +58,16 @@ pub(crate) fn is_repo_name(name: &str) -> bool {
     name.split_once('/').is_some_and(|(org, repo)| valid(org) && valid(repo))
 }
 
-/// The snapshot that `refs/main` names, else the only one.
+/// The newest pack of a repository, else the snapshot that `refs/main` names, else the newest.
+fn in_cache(repo: &Path) -> Option<PathBuf> {
+    newest(&repo.join(PACKS)).or_else(|| snapshot(repo))
+}
+
+fn newest(dir: &Path) -> Option<PathBuf> {
+    let found = fs::read_dir(dir).ok()?.flatten().map(|e| e.path());
+    found.filter_map(|d| model_in(&d)).max_by_key(|m| fs::metadata(m).and_then(|m| m.modified()).ok())
+}
+
 fn snapshot(repo: &Path) -> Option<PathBuf> {
     let snapshots = repo.join("snapshots");
     if let Ok(rev) = fs::read_to_string(repo.join("refs/main")) {
@@ -64,8 +76,7 @@ fn snapshot(repo: &Path) -> Option<PathBuf> {
             return Some(model);
         }
     }
-    let found = fs::read_dir(snapshots).ok()?.flatten().map(|e| e.path());
-    found.filter_map(|d| model_in(&d)).max_by_key(|m| fs::metadata(m).and_then(|m| m.modified()).ok())
+    newest(&snapshots)
 }
 
 /// A directory that is a checkpoint, or the one GGUF model that it holds.
@@ -91,7 +102,7 @@ pub fn installed(models_dir: Option<&Path>) -> Vec<ModelPath> {
     let mut found = Vec::new();
     for entry in fs::read_dir(hub_cache()).into_iter().flatten().flatten() {
         let folder = entry.file_name().to_string_lossy().into_owned();
-        if let (Some(repo), Some(dir)) = (folder.strip_prefix("models--"), snapshot(&entry.path())) {
+        if let (Some(repo), Some(dir)) = (folder.strip_prefix("models--"), in_cache(&entry.path())) {
             found.push(ModelPath { dir, name: repo.replacen("--", "/", 1), builtin: false });
         }
     }

@@ -2,169 +2,9 @@
 
 mod support;
 
-use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
-
-use serde_json::{Value, json};
-use sha1::Digest as _;
-use support::{Ran, command, plain};
-
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-const REPO: &str = "org/model";
-
-/// A request as the server saw it.
-#[derive(Clone, Debug)]
-struct Seen {
-    path: String,
-    from: u64,
-    token: Option<String>,
-}
-
-#[derive(Default)]
-struct State {
-    files: HashMap<String, Vec<u8>>,
-    /// Bytes of a large file after which its connection ends.
-    cut: Option<usize>,
-    /// Further answers to large files that end before their first byte.
-    silent: bool,
-    ignore_ranges: bool,
-    damage: bool,
-    /// Answer everything with this.
-    status: Option<u16>,
-    /// Large files are elsewhere.
-    elsewhere: bool,
-    seen: Vec<Seen>,
-}
-
-/// The hub, as far as a download needs it.
-struct Hub {
-    port: u16,
-    state: Arc<Mutex<State>>,
-    home: tempfile::TempDir,
-}
-
-impl Hub {
-    /// Serves the files of a checkpoint.
-    fn of(dir: &Path) -> Self {
-        let files = std::fs::read_dir(dir).unwrap().flatten();
-        Self::start(files.map(|f| (f.file_name().to_string_lossy().into_owned(), std::fs::read(f.path()).unwrap())).collect())
-    }
-
-    fn start(files: HashMap<String, Vec<u8>>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let state = Arc::new(Mutex::new(State { files, ..State::default() }));
-        let shared = state.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let shared = shared.clone();
-                std::thread::spawn(move || answer(stream, port, &shared));
-            }
-        });
-        Self { port, state, home: tempfile::tempdir().unwrap() }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
-    }
-
-    fn run(&self, args: &[&str], env: &[(&str, &str)]) -> Ran {
-        let mut command = command(args);
-        command.env_remove("HF_HUB_CACHE").env("HF_HOME", self.home.path()).env("HF_ENDPOINT", format!("http://127.0.0.1:{}/", self.port));
-        for name in ["HF_TOKEN", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"] {
-            command.env_remove(name);
-        }
-        Ran::of(command.envs(env.iter().copied()).output().unwrap())
-    }
-
-    fn pull(&self) -> Ran {
-        self.run(&["pull", REPO, "--json"], &[])
-    }
-
-    fn repo(&self) -> PathBuf {
-        self.home.path().join("hub/models--org--model")
-    }
-
-    /// What stands in the folder of blobs.
-    fn blobs(&self) -> Vec<String> {
-        let mut names: Vec<String> =
-            std::fs::read_dir(self.repo().join("blobs")).into_iter().flatten().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
-        names.sort();
-        names
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-fn is_large(name: &str) -> bool {
-    name.ends_with(".safetensors") || name.ends_with(".gguf")
-}
-
-fn listing(files: &HashMap<String, Vec<u8>>) -> Value {
-    let sibling = |(name, bytes): (&String, &Vec<u8>)| {
-        let mut git = sha1::Sha1::new();
-        git.update(format!("blob {}\0", bytes.len()));
-        git.update(bytes);
-        let mut entry = json!({"rfilename": name, "size": bytes.len(), "blobId": hex(&git.finalize())});
-        if is_large(name) {
-            entry["lfs"] = json!({"sha256": hex(&sha2::Sha256::digest(bytes)), "size": bytes.len(), "pointerSize": 130});
-        }
-        entry
-    };
-    json!({"sha": COMMIT, "siblings": files.iter().map(sibling).collect::<Vec<_>>()})
-}
-
-fn answer(mut stream: TcpStream, port: u16, state: &Mutex<State>) {
-    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
-    let path = lines.next().unwrap_or_default().split(' ').nth(1).unwrap_or_default().to_owned();
-    let headers: HashMap<String, String> =
-        lines.take_while(|l| !l.is_empty()).filter_map(|l| l.split_once(": ").map(|(k, v)| (k.to_lowercase(), v.to_owned()))).collect();
-    let from = headers.get("range").map_or(0, |r| r.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap());
-    let mut state = state.lock().unwrap();
-    state.seen.push(Seen { path: path.clone(), from, token: headers.get("authorization").cloned() });
-    let mut reply = |head: String, body: &[u8]| {
-        let _ = stream.write_all(format!("HTTP/1.1 {head}\r\nConnection: close\r\n\r\n").as_bytes()).and_then(|()| stream.write_all(body));
-    };
-    if let Some(status) = state.status {
-        return reply(format!("{status} X\r\nContent-Length: 0"), b"");
-    }
-    if path == format!("/api/models/{REPO}/revision/main?blobs=true") {
-        let body = listing(&state.files).to_string();
-        return reply(format!("200 OK\r\nContent-Length: {}", body.len()), body.as_bytes());
-    }
-    let Some(name) = path.strip_prefix(&format!("/{REPO}/resolve/{COMMIT}/")).or(path.strip_prefix("/elsewhere/")) else {
-        return reply("404 X\r\nX-Error-Code: RevisionNotFound\r\nContent-Length: 0".to_owned(), b"");
-    };
-    let large = is_large(name);
-    if large && state.elsewhere && !path.starts_with("/elsewhere/") {
-        return reply(format!("302 Found\r\nLocation: http://localhost:{port}/elsewhere/{name}\r\nContent-Length: 0"), b"");
-    }
-    let mut bytes = state.files[name].clone();
-    if state.damage && large {
-        *bytes.last_mut().unwrap() ^= 1;
-    }
-    let from = if state.ignore_ranges { 0 } else { from as usize };
-    let head = match from {
-        0 => format!("200 OK\r\nContent-Length: {}", bytes.len()),
-        n => format!("206 Partial Content\r\nContent-Range: bytes {n}-{}/{}\r\nContent-Length: {}", bytes.len() - 1, bytes.len(), bytes.len() - n),
-    };
-    let limit = match (large, state.cut, state.silent && from > 0) {
-        (true, _, true) => 0,
-        (true, Some(cut), _) => cut,
-        _ => usize::MAX,
-    };
-    if state.ignore_ranges {
-        // Only the first connection of a file is cut.
-        state.cut = None;
-    }
-    let rest = &bytes[from..];
-    reply(head, &rest[..rest.len().min(limit)]);
-}
+use serde_json::json;
+use support::hub::{COMMIT, Hub, REPO, is_large};
+use support::plain;
 
 /// Connections that end early are taken up where they ended; the result is the checkpoint in the layout that all tools share, shown only
 /// when it is whole; a second run loads nothing, and an offline one needs no server.
@@ -232,11 +72,11 @@ fn servers_without_ranges() {
 #[test]
 fn damaged_files_are_named() {
     let hub = Hub::of(&plain());
-    hub.state().damage = true;
+    hub.state().damage = usize::MAX;
     let ran = hub.pull();
     assert!(ran.failed_with("pull-checksum").err.contains(".safetensors"), "{}", ran.err);
     assert!(!hub.repo().join("snapshots").exists());
-    hub.state().damage = false;
+    hub.state().damage = 0;
     assert_eq!(hub.pull().code, 0);
 }
 

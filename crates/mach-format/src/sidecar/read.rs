@@ -146,18 +146,26 @@ pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyRe
     let total = sidecar.layers.iter().map(|l| (l.experts() * l.layout.stride()) as u64).sum();
     let mut report = VerifyReport { layers: sidecar.layers.len(), records: 0, bytes: 0 };
     for layer in &sidecar.layers {
-        let file = File::open(&layer.path).map_err(FormatError::io("open", &layer.path))?;
-        let mut record = vec![0; layer.layout.stride()];
-        for expert in 0..layer.experts() {
-            file.read_exact_at(&mut record, layer.offset(expert, 0)).map_err(FormatError::io("read", &layer.path))?;
-            let (gate_up, down) = record.split_at(layer.layout.part_bytes[0]);
-            layer.check(expert, 0, gate_up)?;
-            layer.check(expert, 1, down)?;
+        check_records(layer, &mut |bytes| {
             report.records += 1;
-            report.bytes += record.len() as u64;
+            report.bytes += bytes;
             progress(report.bytes, total);
-        }
-        forget_pages(&file, 0, None);
+        })?;
     }
     Ok(report)
+}
+
+/// Reads the records of a layer and compares their checksums; `progress` gets the bytes of each.
+pub(super) fn check_records(layer: &LayerExperts, progress: &mut dyn FnMut(u64)) -> Result<(), FormatError> {
+    let file = File::open(&layer.path).map_err(FormatError::io("open", &layer.path))?;
+    let mut record = vec![0; layer.layout.stride()];
+    for expert in 0..layer.experts() {
+        file.read_exact_at(&mut record, layer.offset(expert, 0)).map_err(FormatError::io("read", &layer.path))?;
+        let (gate_up, down) = record.split_at(layer.layout.part_bytes[0]);
+        layer.check(expert, 0, gate_up)?;
+        layer.check(expert, 1, down)?;
+        progress(record.len() as u64);
+    }
+    forget_pages(&file, 0, None);
+    Ok(())
 }

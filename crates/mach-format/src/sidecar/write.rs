@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::read::read_layer;
-use super::{LayerEntry, MANIFEST, Manifest, RecordLayout, SIDECAR_VERSION, Trailer, file_bytes, layer_file, layer_key};
+use super::read::{check_records, read_layer};
+use super::{LayerEntry, LayerExperts, MANIFEST, Manifest, RecordLayout, SIDECAR_VERSION, Trailer, file_bytes, layer_file, layer_key};
 use crate::disk::{AtomicFile, write_atomic};
 use crate::error::FormatError;
 use crate::fingerprint::{Fingerprint, checksum};
@@ -99,6 +99,47 @@ impl SidecarWriter {
         Ok(writer)
     }
 
+    /// Takes over the layers that an earlier build of the same source completed, when all their records have their checksums;
+    /// damaged files are removed. Returns those layers; `progress` gets the bytes of their records.
+    ///
+    /// # Errors
+    /// Files that cannot be read or removed.
+    pub fn resume(&mut self, progress: &mut dyn FnMut(u64)) -> Result<Vec<usize>, FormatError> {
+        let mut kept = Vec::new();
+        for shape in self.plan.layers.clone() {
+            if self.plan.existing(&self.dir, &self.source, &shape).is_none() {
+                continue;
+            }
+            let (key, path) = self.plan.file_of(&self.dir, &self.source, &shape);
+            let (trailer, checksums) = read_layer(&path, &shape.layout, self.plan.experts)?;
+            let layer = LayerExperts { layer: shape.layer, layout: shape.layout, checksums, path };
+            match check_records(&layer, &mut |_| {}) {
+                Ok(()) => {
+                    progress((self.plan.experts * shape.layout.stride()) as u64);
+                    self.enter(&shape, &key, trailer.index_hash);
+                    kept.push(shape.layer);
+                }
+                Err(FormatError::Checksum { .. }) => fs::remove_file(&layer.path).map_err(FormatError::io("remove", &layer.path))?,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(kept)
+    }
+
+    /// Puts a layer into the manifest.
+    fn enter(&mut self, shape: &LayerShape, key: &[u8; 32], index_hash: u64) {
+        self.entries.retain(|e| e.layer != shape.layer);
+        self.entries.push(LayerEntry {
+            layer: shape.layer,
+            file: layer_file(shape.layer, key),
+            bytes: file_bytes(&shape.layout, self.plan.experts),
+            index_xxh3: format!("{index_hash:016x}"),
+            gate_up: shape.layout.gate_up.half,
+            down: shape.layout.down,
+            part_bytes: shape.layout.part_bytes,
+        });
+    }
+
     /// Writes one layer of the plan. `fill(expert, gate_up, down)` is called from the threads of the rayon pool
     /// with zeroed parts; `progress` gets the number of experts done.
     ///
@@ -118,16 +159,7 @@ impl SidecarWriter {
             }
             None => (LayerOutcome::Written, self.write_file(&shape, key, &path, fill, progress)?),
         };
-        self.entries.retain(|e| e.layer != layer);
-        self.entries.push(LayerEntry {
-            layer,
-            file: layer_file(layer, &key),
-            bytes: file_bytes(&shape.layout, self.plan.experts),
-            index_xxh3: format!("{index_hash:016x}"),
-            gate_up: shape.layout.gate_up.half,
-            down: shape.layout.down,
-            part_bytes: shape.layout.part_bytes,
-        });
+        self.enter(&shape, &key, index_hash);
         Ok(outcome)
     }
 

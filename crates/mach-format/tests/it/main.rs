@@ -4,6 +4,7 @@ mod checkpoint;
 mod formats;
 mod gguf;
 mod matrix;
+mod outline;
 mod pack;
 mod quantise;
 mod sidecar;

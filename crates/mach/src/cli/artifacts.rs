@@ -35,15 +35,32 @@ struct Build {
     /// Write a pack (config, tokenizer, weights, sidecar) into this folder instead
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    quantise: Quantise,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What experts and large linears are quantised to.
+#[derive(clap::Args)]
+pub(super) struct Quantise {
     /// Quantise to this many bits [default: keep the source's format]
     #[arg(long, value_name = "4|8", value_parser = clap::value_parser!(u8).range(4..=8))]
     bits: Option<u8>,
     /// Values that share a scale: 32, 64 or 128
     #[arg(long, value_name = "N", default_value_t = 64, requires = "bits")]
     group_size: u16,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
+}
+
+impl Quantise {
+    /// Bits and values of a group.
+    pub(super) fn bits(&self) -> Result<Option<(u8, u16)>, Error> {
+        if !matches!(self.bits, None | Some(4 | 8)) || ![32, 64, 128].contains(&self.group_size) {
+            return Err(Error::Usage("--bits is 4 or 8, --group-size 32, 64 or 128".to_owned()));
+        }
+        Ok(self.bits.map(|bits| (bits, self.group_size)))
+    }
 }
 
 #[derive(clap::Args)]
@@ -73,12 +90,10 @@ pub(super) fn run(args: Args) -> Result<(), Error> {
 }
 
 fn build(args: &Build) -> Result<(), Error> {
-    if !matches!(args.bits, None | Some(4 | 8)) || ![32, 64, 128].contains(&args.group_size) {
-        return Err(Error::Usage("--bits is 4 or 8, --group-size 32, 64 or 128".to_owned()));
-    }
+    let bits = args.quantise.bits()?;
     let path = locate(Some(&args.model))?;
     let files = Resolved::open(Arc::new(open_checkpoint(&path.dir)?))?;
-    let plan = files.pack_plan(args.bits.map(|b| (b, args.group_size)))?;
+    let plan = files.pack_plan(bits)?;
     let target = args.out.clone().unwrap_or_else(|| files.checkpoint().sidecar_dir());
     let bar = bar();
     let began = std::time::Instant::now();
@@ -95,7 +110,7 @@ fn build(args: &Build) -> Result<(), Error> {
     if let (Some(out), true) = (&args.out, path.dir.is_file()) {
         write_text_files(&path.dir, out)?;
     }
-    let experts: u64 = report.manifest.layers.iter().map(|l| l.bytes).sum();
+    let experts = report.manifest.bytes();
     let seconds = began.elapsed().as_secs_f64();
     if args.json {
         output::json_line(&json!({
@@ -118,7 +133,7 @@ fn build(args: &Build) -> Result<(), Error> {
 /// Progress in bytes.
 pub(super) fn bar() -> ProgressBar {
     let bar = ProgressBar::new(0);
-    if let Ok(style) = ProgressStyle::with_template("{wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left") {
+    if let Ok(style) = ProgressStyle::with_template("{prefix}{wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left") {
         bar.set_style(style);
     }
     bar

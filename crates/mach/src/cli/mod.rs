@@ -34,6 +34,7 @@ const EXAMPLES: &str = "Examples:
   mach chat --model ~/models/Qwen3.6-35B-A3B-4bit        talk to a model
   mach serve ~/models/Qwen3.6-35B-A3B-4bit --port 8080   OpenAI API on http://127.0.0.1:8080/v1
   mach pull Qwen/Qwen3.6-35B-A3B                         download a checkpoint
+  mach pull Qwen/Qwen3.6-35B-A3B --pack --bits 4         make a pack of it while it comes, where the disk is too small for both
   mach check Qwen/Qwen3.6-35B-A3B                        does it fit, and how would it run
   mach artifacts build ~/models/Qwen3.6-35B-A3B --bits 4 --out ~/models/qwen-pack";
 

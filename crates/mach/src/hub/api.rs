@@ -67,14 +67,16 @@ impl Client {
         Self { agent: config.into(), endpoint, token }
     }
 
-    /// Requests a URL from byte `from` on.
-    pub(super) fn get(&self, url: &str, from: u64) -> Result<Response<ureq::Body>, HubError> {
+    /// Requests the bytes of a URL from `from` on, to `to` where it says so.
+    pub(super) fn get(&self, url: &str, from: u64, to: Option<u64>) -> Result<Response<ureq::Body>, HubError> {
         let mut request = self.agent.get(url);
         if let Some(token) = &self.token {
             request = request.header("Authorization", format!("Bearer {token}"));
         }
-        if from > 0 {
-            request = request.header("Range", format!("bytes={from}-"));
+        match to {
+            Some(to) => request = request.header("Range", format!("bytes={from}-{}", to.saturating_sub(1))),
+            None if from > 0 => request = request.header("Range", format!("bytes={from}-")),
+            None => {}
         }
         let response = request.call().map_err(|e| HubError::Connection { url: url.to_owned(), reason: e.to_string() })?;
         let code = response.headers().get("x-error-code").and_then(|code| code.to_str().ok()).unwrap_or_default();
@@ -103,7 +105,7 @@ impl Client {
     pub(super) fn listing(&self, repo: &str, revision: &str) -> Result<Listing, HubError> {
         let url = format!("{}/api/models/{repo}/revision/{}?blobs=true", self.endpoint, encoded(revision).replace('/', "%2F"));
         let wrong = |reason: String| HubError::Answer { url: url.clone(), reason };
-        let response = super::download::with_retries(|| self.get(&url, 0))?;
+        let response = super::download::with_retries(|| self.get(&url, 0, None))?;
         let text = response.into_body().into_with_config().limit(MAX_LISTING).read_to_string().map_err(|e| wrong(e.to_string()))?;
         let answer: Value = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
         let commit = answer["sha"].as_str().filter(|sha| is_hex(sha)).ok_or_else(|| wrong("it names no commit".to_owned()))?;

@@ -1,10 +1,14 @@
-//! The cache's layout, which all Hugging Face tools share: `blobs/HASH`, `snapshots/COMMIT/PATH` as links to them, `refs/REVISION`.
+//! The cache's layout, which all Hugging Face tools share: `blobs/HASH`, `snapshots/COMMIT/PATH` as links to them, `refs/REVISION`;
+//! and mach's own `packs/COMMIT`.
 
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::HubError;
 use super::api::{Hash, RemoteFile};
+use crate::locate::PACKS;
 
 /// One repository's folder in the cache.
 pub(super) struct RepoCache {
@@ -50,6 +54,44 @@ impl RepoCache {
         let named = fs::read_to_string(self.dir.join("refs").join(revision)).ok().map(|commit| commit.trim().to_owned());
         let commit = named.unwrap_or_else(|| revision.to_owned());
         (super::api::is_inside(&commit) && self.snapshot(&commit).is_dir()).then_some(commit)
+    }
+
+    /// Where a pack of a commit is kept.
+    pub(super) fn pack(&self, commit: &str, bits: Option<(u8, u16)>) -> PathBuf {
+        let name = bits.map_or_else(|| commit.to_owned(), |(bits, group)| format!("{commit}-{bits}bit-g{group}"));
+        self.packs().join(name)
+    }
+
+    /// The folder of all packs.
+    pub(super) fn packs(&self) -> PathBuf {
+        self.dir.join(PACKS)
+    }
+
+    /// Names of the blobs that snapshots show.
+    pub(super) fn shown(&self) -> HashSet<OsString> {
+        fn walk(dir: &Path, found: &mut HashSet<OsString>) {
+            for entry in fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()) {
+                match fs::read_link(&entry) {
+                    Ok(target) => found.extend(target.file_name().map(OsString::from)),
+                    Err(_) if entry.is_dir() => walk(&entry, found),
+                    Err(_) => {}
+                }
+            }
+        }
+        let mut found = HashSet::new();
+        walk(&self.dir.join("snapshots"), &mut found);
+        found
+    }
+
+    /// Removes a file's blob, or what there is of it.
+    pub(super) fn remove(&self, hash: &Hash) -> Result<(), HubError> {
+        for path in [self.blob(hash), self.incomplete(hash)] {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(HubError::io(format!("remove {}", path.display()))(e)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Shows a blob under its name.

@@ -2,7 +2,8 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use sha1::{Digest as _, Sha1};
@@ -43,12 +44,46 @@ fn pause(failures: u32) -> Duration {
     Duration::from_millis(100 << failures.min(6))
 }
 
+/// Calls `f` with the numbers below `count` in turn, several at a time. The first failure stops the others.
+pub(super) fn in_parallel(jobs: usize, count: usize, stop: &AtomicBool, f: impl Fn(usize) -> Result<(), HubError> + Sync) -> Result<(), HubError> {
+    let (next, failure) = (AtomicUsize::new(0), Mutex::new(None));
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.clamp(1, count.max(1)) {
+            scope.spawn(|| {
+                while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < count && !stop.load(Ordering::Relaxed)) {
+                    if let Err(e) = f(i) {
+                        stop.store(true, Ordering::Relaxed);
+                        let mut first = failure.lock().unwrap_or_else(PoisonError::into_inner);
+                        if !matches!(e, HubError::Stopped) {
+                            first.get_or_insert(e);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
 /// Downloads a file's blob unless it is there. Returns the bytes that came over the network.
 pub(super) fn fetch(shared: &Shared<'_>, url: &str, file: &RemoteFile) -> Result<u64, HubError> {
+    let mut came = 0;
+    match fetch_once(shared, url, file, &mut came) {
+        // What was damaged on its way comes whole the next time; what is damaged where it lies does not.
+        Err(HubError::Checksum { .. }) => {
+            (shared.progress)(PullEvent::Done(-(file.size as i64)));
+            fetch_once(shared, url, file, &mut came)?;
+        }
+        other => other?,
+    }
+    Ok(came)
+}
+
+fn fetch_once(shared: &Shared<'_>, url: &str, file: &RemoteFile, came: &mut u64) -> Result<(), HubError> {
     let blob = shared.cache.blob(&file.hash);
     if shared.cache.has(file) {
         (shared.progress)(PullEvent::Done(file.size as i64));
-        return Ok(0);
+        return Ok(());
     }
     let partial = shared.cache.incomplete(&file.hash);
     let failed = |action: &str| HubError::io(format!("{action} {}", partial.display()));
@@ -62,9 +97,9 @@ pub(super) fn fetch(shared: &Shared<'_>, url: &str, file: &RemoteFile) -> Result
     let mut hasher = Hasher::new(file);
     let mut have = hasher.read(&mut out, file.size).map_err(failed("read"))?;
     (shared.progress)(PullEvent::Done(have as i64));
-    let (mut best, mut came, mut failures) = (have, 0u64, 0);
+    let (mut best, mut failures) = (have, 0);
     while have < file.size {
-        let result = append(shared, url, file, &mut out, &mut hasher, &mut have, &mut came);
+        let result = append(shared, url, file, &mut out, &mut hasher, &mut have, came);
         match result {
             Ok(()) => {}
             Err(e) if e.is_passing() => {
@@ -85,14 +120,13 @@ pub(super) fn fetch(shared: &Shared<'_>, url: &str, file: &RemoteFile) -> Result
         return Err(HubError::Checksum { file: file.path.clone(), want: file.hash.hex().to_owned(), found });
     }
     out.sync_all().map_err(failed("write"))?;
-    std::fs::rename(&partial, &blob).map_err(failed("rename"))?;
-    Ok(came)
+    std::fs::rename(&partial, &blob).map_err(failed("rename"))
 }
 
 /// One request: what it brings is written, hashed and counted.
 fn append(shared: &Shared<'_>, url: &str, file: &RemoteFile, out: &mut File, hasher: &mut Hasher, have: &mut u64, came: &mut u64) -> Result<(), HubError> {
     let broken = |reason: String| HubError::Connection { url: url.to_owned(), reason };
-    let response = shared.client.get(url, *have)?;
+    let response = shared.client.get(url, *have, None)?;
     let continues = response.status().as_u16() == 206 && range_start(&response) == Some(*have);
     if *have > 0 && !continues {
         // The server starts anew: so do we.
@@ -127,7 +161,7 @@ fn append(shared: &Shared<'_>, url: &str, file: &RemoteFile, out: &mut File, has
 }
 
 /// The first byte of a partial answer.
-fn range_start(response: &ureq::http::Response<ureq::Body>) -> Option<u64> {
+pub(super) fn range_start(response: &ureq::http::Response<ureq::Body>) -> Option<u64> {
     let range = response.headers().get("content-range")?.to_str().ok()?;
     range.trim().strip_prefix("bytes ")?.split('-').next()?.parse().ok()
 }

@@ -76,6 +76,54 @@ pub enum HubError {
         /// Bytes to download.
         need: String,
     },
+    /// No pack in the cache, and `HF_HUB_OFFLINE` is set.
+    #[error(
+        "no such pack of {repo} at {revision} is in {place}, and HF_HUB_OFFLINE forbids to download its checkpoint; unset it, or pack a checkpoint that is on this machine with: mach artifacts build"
+    )]
+    OfflinePack {
+        /// As asked for.
+        repo: String,
+        /// As asked for.
+        revision: String,
+        /// Where it was looked for.
+        place: PathBuf,
+    },
+    /// Too little space for a pack and the shards that it is made of.
+    #[error(
+        "{place} has {free} free, and {need} are needed: {what}; free some space, set HF_HUB_CACHE or --out to another drive, or take fewer --shards-in-flight or --bits"
+    )]
+    NoRoom {
+        /// A folder of the drive.
+        place: PathBuf,
+        /// Free space.
+        free: String,
+        /// All that it must hold.
+        need: String,
+        /// What that is.
+        what: String,
+    },
+    /// GGUF files are not packed while they come.
+    #[error("{repo} holds GGUF files, which run as they are and are packed when they are whole: mach pull {repo}, then mach artifacts build {repo} --out DIR")]
+    PackGguf {
+        /// The repository.
+        repo: String,
+    },
+    /// A repository that holds a pack.
+    #[error("{repo} holds a pack already, which is downloaded without --pack: mach pull {repo}")]
+    IsPack {
+        /// The repository.
+        repo: String,
+    },
+    /// The folder for a pack holds another model.
+    #[error("{place} holds something else than this pack of {repo} ({there}); choose another folder with --out, or remove it")]
+    OtherPack {
+        /// The folder.
+        place: PathBuf,
+        /// The repository.
+        repo: String,
+        /// What it says of itself.
+        there: String,
+    },
     /// Several models in one repository.
     #[error("{repo} holds several models: choose with --include, for example --include '{example}'; they are {names}")]
     Choose {
@@ -133,6 +181,11 @@ impl HubError {
             Self::Answer { .. } => "pull-answer",
             Self::Checksum { .. } => "pull-checksum",
             Self::DiskFull { .. } => "disk-full",
+            Self::OfflinePack { .. } => "pull-offline",
+            Self::NoRoom { .. } => "disk-full",
+            Self::PackGguf { .. } => "pull-pack-gguf",
+            Self::IsPack { .. } => "pull-is-pack",
+            Self::OtherPack { .. } => "output-exists",
             Self::Choose { .. } => "pull-choose",
             Self::NoWeights { .. } => "pull-no-weights",
             Self::Busy { .. } => "pull-busy",

@@ -4,18 +4,22 @@ mod api;
 mod cache;
 mod download;
 mod error;
+mod outline;
+mod pack;
+mod packing;
+mod schedule;
 mod select;
 
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use serde_json::Value;
 
 use api::{Client, Listing, RemoteFile};
 use cache::RepoCache;
-use download::{Shared, fetch};
+use download::{Shared, fetch, in_parallel};
 pub use error::HubError;
+pub use pack::{PackRequest, PulledPack};
 use select::{INDEX, select};
 
 /// Where checkpoints come from and go to.
@@ -60,12 +64,18 @@ pub struct Pulled {
 }
 
 /// What happens during a download.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum PullEvent {
     /// Bytes of all files.
     Total(u64),
     /// So many more of them are there; less where a server could not go on.
     Done(i64),
+    /// Bytes of the pack.
+    PackTotal(u64),
+    /// So many more of them are written.
+    Packed(u64),
+    /// Something that should be known, with a stable code.
+    Note(&'static str, String),
 }
 
 impl Hub {
@@ -89,19 +99,12 @@ impl Hub {
             let commit = cache.known(&request.revision).ok_or_else(offline)?;
             return Ok(Pulled { path: cache.snapshot(&commit), commit, files: 0, bytes: 0, downloaded: 0 });
         }
-        if cfg!(not(feature = "tls")) && self.endpoint.starts_with("https:") {
-            return Err(HubError::NoTls { endpoint: self.endpoint.clone(), repo: request.repo.clone() });
-        }
-        let client = Client::new(self.endpoint.clone(), self.token.clone());
+        let client = self.client(&request.repo)?;
         let listing = client.listing(&request.repo, &request.revision)?;
         cache.create()?;
         let stop = AtomicBool::new(false);
         let quiet = Shared { client: &client, cache: &cache, progress: &|_| {}, stop: &stop };
-        let (index, index_bytes) = match listing.files.iter().find(|f| f.path == INDEX) {
-            Some(file) => read_index(request, &listing, file, &quiet).map(|(index, bytes)| (Some(index), bytes))?,
-            None => (None, 0),
-        };
-        let files = select(&request.repo, &listing.files, index.as_ref(), &request.include)?;
+        let (files, index_bytes) = chosen(request, &listing, &quiet)?;
         let missing: u64 = files.iter().filter(|f| !cache.has(f)).map(|f| f.size - cache.left(f)).sum();
         self.check_space(missing)?;
         progress(PullEvent::Total(files.iter().map(|f| f.size).sum()));
@@ -116,11 +119,19 @@ impl Hub {
         let gguf = files.iter().map(|f| &f.path).filter(|path| path.ends_with(".gguf")).min();
         Ok(Pulled {
             path: gguf.map_or(snapshot.clone(), |file| snapshot.join(file)),
-            commit: listing.commit,
+            commit: listing.commit.clone(),
             files: files.len(),
             bytes: files.iter().map(|f| f.size).sum(),
             downloaded,
         })
+    }
+
+    /// A client, unless this build cannot speak to the server.
+    fn client(&self, repo: &str) -> Result<Client, HubError> {
+        if cfg!(not(feature = "tls")) && self.endpoint.starts_with("https:") {
+            return Err(HubError::NoTls { endpoint: self.endpoint.clone(), repo: repo.to_owned() });
+        }
+        Ok(Client::new(self.endpoint.clone(), self.token.clone()))
     }
 
     fn check_space(&self, need: u64) -> Result<(), HubError> {
@@ -130,6 +141,15 @@ impl Hub {
             _ => Ok(()),
         }
     }
+}
+
+/// The files to download, and the bytes that came for the index that says which.
+fn chosen<'a>(request: &PullRequest, listing: &'a Listing, shared: &Shared<'_>) -> Result<(Vec<&'a RemoteFile>, u64), HubError> {
+    let (index, bytes) = match listing.files.iter().find(|f| f.path == INDEX) {
+        Some(file) => read_index(request, listing, file, shared).map(|(index, bytes)| (Some(index), bytes))?,
+        None => (None, 0),
+    };
+    Ok((select(&request.repo, &listing.files, index.as_ref(), &request.include)?, bytes))
 }
 
 /// The index of the shards, and the bytes that came for it.
@@ -148,30 +168,11 @@ fn fetch_all(shared: &Shared<'_>, request: &PullRequest, commit: &str, files: &[
     order.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.hash.hex().cmp(b.hash.hex())));
     // Copies of one file are one blob.
     order.dedup_by(|a, b| a.hash == b.hash);
-    let (next, failure) = (AtomicUsize::new(0), Mutex::new(None));
-    let downloaded = std::sync::atomic::AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..request.jobs.clamp(1, order.len().max(1)) {
-            scope.spawn(|| {
-                while let Some(file) = order.get(next.fetch_add(1, Ordering::Relaxed)).filter(|_| !shared.stop.load(Ordering::Relaxed)) {
-                    match fetch(shared, &shared.client.file_url(&request.repo, commit, &file.path), file) {
-                        Ok(n) => {
-                            downloaded.fetch_add(n, Ordering::Relaxed);
-                        }
-                        Err(e) => {
-                            shared.stop.store(true, Ordering::Relaxed);
-                            let mut first = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                            if !matches!(e, HubError::Stopped) {
-                                first.get_or_insert(e);
-                            }
-                        }
-                    }
-                }
-            });
-        }
-    });
-    match failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
-        Some(e) => Err(e),
-        None => Ok(downloaded.into_inner()),
-    }
+    let downloaded = AtomicU64::new(0);
+    in_parallel(request.jobs, order.len(), shared.stop, |i| {
+        let came = fetch(shared, &shared.client.file_url(&request.repo, commit, &order[i].path), order[i])?;
+        downloaded.fetch_add(came, Ordering::Relaxed);
+        Ok(())
+    })?;
+    Ok(downloaded.into_inner())
 }

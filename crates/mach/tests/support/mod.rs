@@ -1,6 +1,7 @@
 //! Running the command and making checkpoints to break.
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
+pub mod hub;
 pub mod server;
 
 use std::path::{Path, PathBuf};
