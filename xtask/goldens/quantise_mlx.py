@@ -62,6 +62,9 @@ def main():
     effective = {}
     with mx.stream(mx.cpu):
         for name, value in load_file(args.model / "model.safetensors").items():
+            # mlx-lm leaves out heads that draft tokens.
+            if name.startswith("mtp."):
+                continue
             bare = name.removeprefix("model.language_model.").removeprefix("model.")
             mlx = f"language_model.{name}" if name.startswith("lm_head") else f"language_model.model.{bare}"
             if parts := split_experts(name, value):
