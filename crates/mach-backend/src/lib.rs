@@ -15,8 +15,8 @@ pub use hyper::{HyperSpec, HyperWeights};
 pub use latent::{CompressSpec, EntrySpec, IndexRows, IndexSpec, LatentRows, LatentSegment, LatentSpec, LatentStores, LatentWeights, PoolRows, PoolWeights};
 pub use reference::Reference;
 pub use spec::{
-    Activation, AttentionSpec, ExpertBias, ExpertJob, ExpertLayout, Experts, GdnSegment, GdnSpec, GdnWeights, KV_BLOCK, KvSpec, KvType, MERGE_SEGMENT, Part,
-    QkNormRope, RouterBias, RouterScore, RouterSpec, RouterWeights, Segment, StateSpec,
+    Activation, AttentionSpec, ExpertBias, ExpertJob, ExpertLayout, Experts, GdnSegment, GdnSpec, GdnWeights, KV_BLOCK, KvSpec, KvType, MERGE_SEGMENT,
+    NO_BLOCK, Part, QkNormRope, RouterBias, RouterScore, RouterSpec, RouterWeights, Segment, StateSpec,
 };
 
 use mach_format::{AlignedBytes, PackedLayout, PackedMatrix};

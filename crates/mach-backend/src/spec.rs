@@ -6,6 +6,8 @@ use crate::latent::LatentSpec;
 
 /// Positions per KV block.
 pub const KV_BLOCK: usize = 32;
+/// Entry of a block table where a sequence keeps nothing: no row of a call may see a position of it.
+pub const NO_BLOCK: u32 = u32::MAX;
 /// Keys per partial attention result, counted from absolute position 0.
 pub const MERGE_SEGMENT: usize = 256;
 
@@ -89,7 +91,8 @@ pub struct Segment<'a> {
     pub rows: usize,
     /// Absolute position of the first row.
     pub pos: usize,
-    /// The sequence's block table: block of position `p` is `blocks[p / KV_BLOCK]`.
+    /// The sequence's block table: block of position `p` is `blocks[p / KV_BLOCK]`, [`NO_BLOCK`] where all of its positions lie before
+    /// the windows of the rows.
     pub blocks: &'a [u32],
 }
 

@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 use mach_backend::reference::Reference;
-use mach_backend::{AttentionSpec, Backend, KvSpec, KvType, QkNormRope, Segment};
+use mach_backend::{AttentionSpec, Backend, KvSpec, KvType, NO_BLOCK, QkNormRope, Segment};
 use mach_cpu::{Cpu, KernelSet};
 
 #[derive(Clone, Copy, Debug)]
@@ -78,9 +78,9 @@ fn inputs(case: &Case, tokens: usize) -> Inputs {
     }
 }
 
-/// Runs the tokens in chunks, blocks handed out backwards.
+/// Runs the tokens in chunks, blocks handed out backwards. Of layers with a window only the blocks that a chunk sees are there.
 fn run<B: Backend>(b: &B, case: &Case, x: &Inputs, tokens: usize, chunk: usize) -> Vec<f32> {
-    let blocks: Vec<u32> = (0..tokens.div_ceil(32) as u32).rev().collect();
+    let mut blocks: Vec<u32> = (0..tokens.div_ceil(32) as u32).rev().collect();
     let mut kv = b.kv(KvSpec { kv_heads: case.kv_heads, head_dim: case.head_dim, ty: case.ty });
     let (q_norm, k_norm) = (tensor(b, case.head_dim, &x.q_norm), tensor(b, case.head_dim, &x.k_norm));
     let sinks = tensor(b, case.heads, &x.sinks);
@@ -94,8 +94,9 @@ fn run<B: Backend>(b: &B, case: &Case, x: &Inputs, tokens: usize, chunk: usize) 
         let rope = tensor(b, 2 * case.half, &part(&x.rope, 2 * case.half));
         let (q_norm, k_norm) = (case.norm.then_some(&q_norm), case.norm.then_some(&k_norm));
         let prep = QkNormRope { eps: 1e-6, q_norm, k_norm, v_norm: case.v_norm, rope: &rope, half: case.half };
-        let segments = [Segment { row: 0, rows, pos, blocks: &blocks }];
         b.kv_grow(&mut kv, blocks.len());
+        blocks[..case.window.map_or(0, |w| (pos + 1).saturating_sub(w) / 32)].fill(NO_BLOCK);
+        let segments = [Segment { row: 0, rows, pos, blocks: &blocks }];
         b.qkv_store(&case.spec(), &prep, &mut q, &mut k, (!case.v_is_k).then_some(&v), &segments, &mut kv);
         let mut out = b.tensor(rows, out_cols);
         b.attention(&case.spec(), &q, case.sinks.then_some(&sinks), &segments, &kv, &mut out);
@@ -136,6 +137,20 @@ fn chunks_threads_and_kernel_sets_give_the_same_bytes() {
             for chunk in [1, 7, 64] {
                 assert_bytes(&run(&cpu, &case, &x, tokens, chunk), &want, &format!("{case:?}, chunks of {chunk}, {}", label(&cpu)));
             }
+        }
+    }
+}
+
+/// Protects bounded windows: far behind the first merge segments, with the blocks before the window gone, a window over several
+/// segments and one inside a segment give the bytes of one pass that has every block.
+#[test]
+fn a_window_that_has_moved_far_gives_the_same_bytes() {
+    for case in [CASES[4], CASES[5]] {
+        let x = inputs(&case, 900);
+        let cpu = cpu(KernelSet::automatic(), 2);
+        let want = run(&cpu, &case, &x, 900, 900);
+        for chunk in [1, 7, 64] {
+            assert_bytes(&run(&cpu, &case, &x, 900, chunk), &want, &format!("{case:?}, chunks of {chunk}"));
         }
     }
 }

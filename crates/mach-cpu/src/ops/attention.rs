@@ -118,6 +118,11 @@ impl Call<'_> {
         self.spec.window.map_or(0, |w| (pos + 1).saturating_sub(w))
     }
 
+    /// First and last merge segment that a query sees.
+    fn ends(&self, query: &Query<'_>) -> (usize, usize) {
+        (self.first_key(query.pos) / MERGE_SEGMENT, query.pos / MERGE_SEGMENT)
+    }
+
     fn query_head(&self, query: &Query<'_>, head: usize) -> *const f32 {
         self.q.part(query.row, 1)[(query.kv_head * self.group() + head) * query_stride(self.spec)..].as_ptr()
     }
@@ -210,29 +215,32 @@ pub(crate) fn attention(
         let (segment, i) = locate(segments, i);
         Query { segment, row: segment.row + i, pos: segment.pos + i, kv_head }
     };
-    let longest = segments.iter().filter(|s| s.rows > 0).map(|s| (s.pos + s.rows - 1) / MERGE_SEGMENT + 1).max().unwrap_or(0);
+    // Merge segments that a query sees at most: a window may start anywhere in its first.
+    let in_window = spec.window.map_or(usize::MAX, |w| w.div_ceil(MERGE_SEGMENT) + 1);
+    let longest = segments.iter().filter(|s| s.rows > 0).map(|s| ((s.pos + s.rows - 1) / MERGE_SEGMENT + 1).min(in_window)).max().unwrap_or(0);
     let (pairs, width) = (rows * spec.kv_heads, call.group() * call.partial());
     if longest > 1 && pairs < 4 * cx.pool.threads() {
         // Few queries over many keys: every merge segment is a task, and merging comes after.
         let partials = Shared::new(grown(&mut scratch.values, pairs * longest * width));
-        let of = |pair: usize, index: usize| (pair * longest + index) * width;
+        let of = |pair: usize, nth: usize| (pair * longest + nth) * width;
         cx.pool.run(pairs * longest, &|task| {
-            let (pair, index) = (task / longest, task % longest);
+            let (pair, nth) = (task / longest, task % longest);
             let query = query(pair / spec.kv_heads, pair % spec.kv_heads);
-            if index >= call.first_key(query.pos) / MERGE_SEGMENT && index <= query.pos / MERGE_SEGMENT {
+            let (first, last) = call.ends(&query);
+            if first + nth <= last {
                 // SAFETY: each task has its own partial results.
-                call.segment(&query, index, unsafe { std::slice::from_raw_parts_mut(partials.at(of(pair, index)), width) });
+                call.segment(&query, first + nth, unsafe { std::slice::from_raw_parts_mut(partials.at(of(pair, nth)), width) });
             }
         });
         cx.pool.run(pairs, &|pair| {
             let query = query(pair / spec.kv_heads, pair % spec.kv_heads);
-            let first = call.first_key(query.pos) / MERGE_SEGMENT;
+            let (first, last) = call.ends(&query);
             // SAFETY: each pair reads its own partial results.
             let all = unsafe { std::slice::from_raw_parts_mut(partials.at(of(pair, 0)), longest * width) };
-            let (from, rest) = all[first * width..].split_at(width);
+            let (from, rest) = all.split_at(width);
             with_scratch(width, |into| {
                 call.begin(&query, into, from);
-                for from in rest.chunks_exact(width).take(query.pos / MERGE_SEGMENT - first) {
+                for from in rest.chunks_exact(width).take(last - first) {
                     call.merge(into, from);
                 }
                 call.finish(&query, into);
@@ -250,14 +258,14 @@ pub(crate) fn attention(
         let query = |i: usize| Query { segment, row: segment.row + start + i, pos: segment.pos + start + i, kv_head: task % spec.kv_heads };
         with_scratch((n + 1) * width, |values| {
             let (running, one) = values.split_at_mut(n * width);
-            for index in call.first_key(query(0).pos) / MERGE_SEGMENT..=query(n - 1).pos / MERGE_SEGMENT {
+            for index in call.ends(&query(0)).0..=call.ends(&query(n - 1)).1 {
                 for (i, running) in running.chunks_exact_mut(width).enumerate() {
                     let query = query(i);
-                    let first = call.first_key(query.pos) / MERGE_SEGMENT;
+                    let (first, last) = call.ends(&query);
                     if index == first {
                         call.segment(&query, index, one);
                         call.begin(&query, running, one);
-                    } else if index > first && index <= query.pos / MERGE_SEGMENT {
+                    } else if index > first && index <= last {
                         call.segment(&query, index, one);
                         call.merge(running, one);
                     }
