@@ -118,7 +118,7 @@ impl<B: Backend> Engine<B> {
     }
 
     fn generate(&mut self, mut request: Request, sink: &mut dyn FnMut(Event), cancel: &CancelToken, receipt: &mut Receipt) -> Outcome {
-        let mut warm = self.warm.take(&self.model, &request.prompt);
+        let mut warm = self.warm.take(&mut self.model, &request.prompt);
         let cached = warm.seq.len();
         receipt.cached_tokens = cached;
         self.stats.with(|s| {
@@ -217,7 +217,7 @@ impl<B: Backend> Engine<B> {
     /// One forward pass of one sequence; the logits of its last wanted row.
     fn pass(&mut self, warm: &mut Warm<B>, rows: Vec<Row>, cancel: &CancelToken, progress: &mut dyn FnMut(usize)) -> Result<Vec<f32>, ModelError> {
         let len = rows.last().map_or(0, |r| r.pos + 1);
-        while !self.model.can_grow(&warm.seq, len) && self.warm.evict(&mut self.model) {}
+        while !self.model.can_grow(&mut warm.seq, len) && (self.warm.evict(&mut self.model) || warm.forget_snapshot()) {}
         let cancelled = || cancel.is_cancelled();
         let mut seqs = [&mut warm.seq];
         let mut f = self.model.start(&mut seqs, rows)?;

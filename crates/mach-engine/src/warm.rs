@@ -23,7 +23,7 @@ impl<B: Backend> Warm<B> {
 
     /// Remembers the state at the current position; the oldest snapshot goes.
     pub fn snapshot(&mut self, backend: &B) {
-        if self.snapshots.iter().any(|s| s.pos == self.seq.len()) {
+        if self.snapshots.iter().any(|s| s.pos() == self.seq.len()) {
             return;
         }
         if self.snapshots.len() == SNAPSHOTS {
@@ -32,28 +32,28 @@ impl<B: Backend> Warm<B> {
         self.snapshots.push(self.seq.snapshot(backend));
     }
 
+    /// Drops the oldest snapshot, and with it what layers with a window keep for it; `false` when there is none.
+    pub fn forget_snapshot(&mut self) -> bool {
+        let any = !self.snapshots.is_empty();
+        if any {
+            self.snapshots.remove(0);
+        }
+        any
+    }
+
     /// How many tokens of `prompt` this sequence could save, leaving at least one to compute.
-    fn reusable(&self, prompt: &[u32], cut_anywhere: bool) -> usize {
-        let common = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        let most = common.min(prompt.len() - 1);
-        if common == self.tokens.len() && common < prompt.len() {
-            return common;
-        }
-        if cut_anywhere {
-            return most;
-        }
-        self.snapshots.iter().map(|s| s.pos).filter(|&p| p <= most).max().unwrap_or(0)
+    fn reusable(&self, prompt: &[u32]) -> usize {
+        let most = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
+        let snapshots = self.snapshots.iter().map(Snapshot::pos).filter(|&p| p <= most);
+        snapshots.chain([self.seq.resumable(most)]).max().unwrap_or(0)
     }
 
     /// Goes back to `pos`, which [`Warm::reusable`] gave.
-    fn cut(&mut self, backend: &B, pos: usize) {
-        if !self.seq.truncate(pos)
-            && let Some(s) = self.snapshots.iter().find(|s| s.pos == pos)
-        {
-            self.seq.restore(backend, s);
-        }
+    fn cut(&mut self, backend: &B, pos: usize) -> bool {
+        let done = self.seq.truncate(pos) || self.snapshots.iter().find(|s| s.pos() == pos).is_some_and(|s| self.seq.restore(backend, s));
         self.tokens.truncate(self.seq.len());
-        self.snapshots.retain(|s| s.pos <= pos);
+        self.snapshots.retain(|s| s.pos() <= pos);
+        done
     }
 }
 
@@ -68,25 +68,25 @@ impl<B: Backend> WarmPool<B> {
     }
 
     /// The sequence to run `prompt` on, cut to what both share, or a fresh one.
-    pub fn take(&mut self, model: &Model<B>, prompt: &[u32]) -> Warm<B> {
-        let cut_anywhere = model.spec().layers.iter().all(|l| matches!(l.mixer, mach_models::spec::MixerSpec::Attention(_)));
-        let best = (0..self.kept.len()).map(|i| (self.kept[i].reusable(prompt, cut_anywhere), i)).max();
-        match best {
-            Some((pos, i)) if pos > 0 => {
-                let mut warm = self.kept.remove(i);
-                warm.cut(model.backend(), pos);
-                warm
+    pub fn take(&mut self, model: &mut Model<B>, prompt: &[u32]) -> Warm<B> {
+        let best = (0..self.kept.len()).map(|i| (self.kept[i].reusable(prompt), i)).max();
+        if let Some((pos, i)) = best.filter(|b| b.0 > 0) {
+            let mut warm = self.kept.remove(i);
+            if warm.cut(model.backend(), pos) {
+                return warm;
             }
-            _ => Warm::new(model),
+            model.release(warm.seq);
         }
+        Warm::new(model)
     }
 
     /// Keeps a sequence; the least recently used one goes when there are too many.
-    pub fn put(&mut self, model: &mut Model<B>, warm: Warm<B>) {
+    pub fn put(&mut self, model: &mut Model<B>, mut warm: Warm<B>) {
         if warm.tokens.is_empty() {
             model.release(warm.seq);
             return;
         }
+        model.settle(&mut warm.seq);
         self.kept.push(warm);
         while self.kept.len() > KEPT {
             self.evict(model);

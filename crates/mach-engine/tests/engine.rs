@@ -7,10 +7,14 @@ use std::sync::mpsc::Receiver;
 use mach_cpu::{Cpu, CpuOptions};
 use mach_engine::{EngineHandle, EngineInfo, Event, FinishReason, Receipt, Request, RowPolicy, Sampling, SubmitError, Verdict};
 use mach_format::Checkpoint;
-use mach_models::plan::Sizes;
+use mach_models::plan::{Sizes, UNDO_TOKENS};
 use mach_models::{MemoryPlan, Model, ModelOptions, PlanOptions, ResidencyChoice, Resolved, open_experts};
 
 fn engine(set: &str, context: usize) -> EngineHandle {
+    engine_with(set, context, |_| {})
+}
+
+fn engine_with(set: &str, context: usize, change: impl FnOnce(&mut MemoryPlan)) -> EngineHandle {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mach-models/tests/goldens").join(set);
     let files = Resolved::open(Arc::new(Checkpoint::open(&dir).unwrap())).unwrap();
     let source = open_experts(&files, None).unwrap();
@@ -26,7 +30,8 @@ fn engine(set: &str, context: usize) -> EngineHandle {
         tokenizer_bytes: 0,
         available: 8 << 30,
     };
-    let plan = MemoryPlan::new(&sizes, &options).unwrap();
+    let mut plan = MemoryPlan::new(&sizes, &options).unwrap();
+    change(&mut plan);
     let info = EngineInfo {
         arch: files.arch().model_type.to_owned(),
         context,
@@ -99,6 +104,41 @@ fn reused_state_gives_the_same_tokens() {
         let again = Request { snapshot_at: vec![30], ..request(&first, 12) };
         assert_eq!(run(&warm, again).0, reply, "{set}");
     }
+}
+
+/// Protects reuse where layers keep a window: a conversation goes on, goes back to a snapshot far behind the window, and starts anew
+/// where what it shares is gone; always with the tokens of a fresh engine.
+#[test]
+fn windowed_layers_serve_what_they_still_have() {
+    for set in ["gpt_oss-mxfp4", "gemma4-base"] {
+        let warm = engine(set, 400);
+        let first = prompt(200);
+        let (reply, ..) = run(&warm, Request { snapshot_at: vec![100, 150], ..request(&first, 12) });
+        let longer = [first.clone(), reply.clone(), prompt(9)].concat();
+        let branched = |at: usize| [&first[..at], &[3], &prompt(20)[7..]].concat();
+        for (next, cached) in [(longer, first.len() + reply.len() - 1), (branched(150), 150), (branched(60), 0)] {
+            let (expected, ..) = run(&engine(set, 400), request(&next, 16));
+            let (got, _, receipt) = run(&warm, request(&next, 16));
+            assert_eq!((got, receipt.cached_tokens), (expected, cached), "{set}");
+        }
+    }
+}
+
+/// Protects small budgets: with room for the window of the running sequence alone, snapshots and the other conversation give way,
+/// and nothing fails or changes.
+#[test]
+fn windows_without_room_to_spare() {
+    let tight = engine_with("gpt_oss-mxfp4", 400, |plan| {
+        let windowed = plan.kv_pools.iter_mut().find(|p| p.window.is_some()).unwrap();
+        windowed.blocks = (windowed.window.unwrap() + UNDO_TOKENS + plan.chunks.moe).div_ceil(32) + 1;
+    });
+    let first = prompt(200);
+    let (reply, ..) = run(&tight, Request { snapshot_at: vec![40, 100, 150], ..request(&first, 12) });
+    for next in [prompt(120), [first.clone(), reply].concat(), first[..150].to_vec(), first] {
+        let (expected, ..) = run(&engine("gpt_oss-mxfp4", 400), request(&next, 16));
+        assert_eq!(run(&tight, request(&next, 16)).0, expected, "{} tokens", next.len());
+    }
+    assert_eq!(tight.stats().failed, 0);
 }
 
 /// Protects limits: max_tokens, context, stop ids, and what they are called.

@@ -6,6 +6,7 @@ mod error;
 mod experts;
 pub mod families;
 pub mod gguf;
+mod kv;
 mod latent_tensors;
 pub mod layers;
 mod model;

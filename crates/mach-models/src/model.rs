@@ -3,19 +3,20 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use mach_backend::{Backend, GdnSegment, KV_BLOCK, LatentSegment, LatentSpec, Segment};
+use mach_backend::{Backend, GdnSegment, LatentSegment, LatentSpec, Segment};
 use mach_experts::trace::Recorder;
 use mach_experts::{AheadStats, ExpertError, ExpertStats, ExpertStore, RecordSource, Residency, StoreOptions};
 use mach_format::Matrix;
 
 use crate::ModelError;
+use crate::kv::{KvPools, blocks};
 use crate::layers::attention::Attention;
 use crate::layers::gdn::Gdn;
 use crate::layers::hyper::Hyper;
 use crate::layers::latent::Latent;
 use crate::layers::moe::{ForcedRoutes, Moe, Next, Residual, RouteLog};
 use crate::layers::{FeedForward, angles, vector};
-use crate::plan::{MemoryPlan, entry_specs, kv_specs, state_specs};
+use crate::plan::{MemoryPlan, state_specs};
 use crate::sequence::Sequence;
 use crate::spec::{FfnSpec, MixerSpec, ModelSpec, RopeTable};
 use crate::tensors::{FfnTensors, LayerTensors, MixerTensors, Resolved};
@@ -185,11 +186,7 @@ pub struct Model<B: Backend> {
     head_hyper: Option<Hyper<B>>,
     head: B::Weight,
     embed: Matrix,
-    kv: Vec<B::Kv>,
-    /// Stores of layers with compressed entries; their blocks are those of `kv`.
-    entries: Vec<B::Entries>,
-    free_blocks: Vec<u32>,
-    made_blocks: usize,
+    kv: KvPools<B>,
     store: Option<ExpertStore<B::Memory>>,
     ws: Workspace<B>,
     plan: MemoryPlan,
@@ -238,10 +235,7 @@ impl<B: Backend> Model<B> {
             head_hyper: files.head_hyper.as_ref().map(|t| Hyper::load(b, files, t)).transpose()?,
             head,
             embed: files.embed.clone(),
-            kv: kv_specs(spec, plan.kv_type).into_iter().map(|k| b.kv(k)).collect(),
-            entries: entry_specs(spec, plan.kv_type).into_iter().map(|e| b.entries(e)).collect(),
-            free_blocks: Vec::new(),
-            made_blocks: 0,
+            kv: KvPools::new(b, spec, &plan),
             store,
             ws: Workspace::new(b, spec, plan.chunks),
             spec: spec.clone(),
@@ -330,7 +324,7 @@ impl<B: Backend> Model<B> {
 
     /// Bytes of KV blocks in use.
     pub fn kv_bytes(&self) -> u64 {
-        (self.made_blocks - self.free_blocks.len()) as u64 * self.plan.kv_block
+        self.kv.used_bytes()
     }
 
     /// Writes a trace of the experts in use from now on.
@@ -356,52 +350,24 @@ impl<B: Backend> Model<B> {
 
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence<B> {
-        Sequence::new(&self.backend, state_specs(&self.spec, self.plan.kv_type))
+        Sequence::new(&self.backend, state_specs(&self.spec, self.plan.kv_type), self.kv.tables())
     }
 
     /// Takes back a sequence's KV blocks.
     pub fn release(&mut self, seq: Sequence<B>) {
-        self.free_blocks.extend(seq.blocks);
+        self.kv.release(seq);
+    }
+
+    /// Takes back the KV blocks of layers with a window that no later row sees. Passes begin with it; it makes room at once when a
+    /// sequence is put aside.
+    pub fn settle(&mut self, seq: &mut Sequence<B>) {
+        self.kv.settle(seq);
     }
 
     /// Whether a sequence can grow to `len` tokens within the planned KV blocks.
-    pub fn can_grow(&self, seq: &Sequence<B>, len: usize) -> bool {
-        let wanted = len.div_ceil(KV_BLOCK).saturating_sub(seq.blocks.len());
-        self.plan.kv_block == 0 || wanted <= self.free_blocks.len() + self.plan.kv_blocks.saturating_sub(self.made_blocks)
-    }
-
-    /// Gives a sequence blocks for `len` tokens; the bank gives slots up where the budget asks for it.
-    fn reserve(&mut self, seq: &mut Sequence<B>, len: usize) -> Result<(), ModelError> {
-        if self.plan.kv_block == 0 {
-            return Ok(());
-        }
-        while seq.blocks.len() * KV_BLOCK < len {
-            if let Some(block) = self.free_blocks.pop() {
-                seq.blocks.push(block);
-                continue;
-            }
-            if self.made_blocks >= self.plan.kv_blocks {
-                return Err(ModelError::Budget {
-                    what: format!("a sequence of {len} tokens"),
-                    needed: len.div_ceil(KV_BLOCK) as u64 * self.plan.kv_block,
-                    available: self.plan.kv_blocks as u64 * self.plan.kv_block,
-                    hint: "raise --ctx-size".to_owned(),
-                });
-            }
-            self.made_blocks += 1;
-            self.free_blocks.push(self.made_blocks as u32 - 1);
-            let over = (self.made_blocks as u64 * self.plan.kv_block).saturating_sub(self.plan.kv_free);
-            if let (true, Some(store)) = (over > 0, &mut self.store) {
-                self.plan.kv_free += store.give_up(over);
-            }
-            for kv in &mut self.kv {
-                self.backend.kv_grow(kv, self.made_blocks);
-            }
-            for entries in &mut self.entries {
-                self.backend.entries_grow(entries, self.made_blocks);
-            }
-        }
-        Ok(())
+    pub fn can_grow(&mut self, seq: &mut Sequence<B>, len: usize) -> bool {
+        self.kv.settle(seq);
+        self.kv.fits(seq, len)
     }
 
     /// Starts a forward pass over at most [`Model::max_rows`] rows: reserves KV, reads the embeddings.
@@ -423,8 +389,16 @@ impl<B: Backend> Model<B> {
             }
         }
         for s in &spans {
-            self.reserve(seqs[s.seq], s.pos + s.rows)?;
-            seqs[s.seq].pending = true;
+            let seq = &mut *seqs[s.seq];
+            self.kv.settle(seq);
+            // The bank gives slots up where the budget asks for it.
+            self.kv.reserve(&self.backend, seq, s.pos..s.pos + s.rows, &mut |bytes| {
+                let over = bytes.saturating_sub(self.plan.kv_free);
+                if let (true, Some(store)) = (over > 0, &mut self.store) {
+                    self.plan.kv_free += store.give_up(over);
+                }
+            })?;
+            seq.pending = true;
         }
         if let Some(store) = &mut self.store {
             store.next_pass(rows.len());
@@ -478,8 +452,10 @@ impl<B: Backend> Model<B> {
             match &layer.mixer {
                 Mixer::Attention(a) => {
                     f.upload_rope(b, &self.spec, a.block.rope, first, rows, ws);
-                    let segments: Vec<Segment<'_>> = cut.map(|(seq, row, rows, pos)| Segment { row, rows, pos, blocks: &seqs[seq].blocks }).collect();
-                    a.forward(b, ws, rows, eps, &segments, &mut self.kv);
+                    let window = a.block.attention.window;
+                    let segments: Vec<Segment<'_>> =
+                        cut.map(|(seq, row, rows, pos)| Segment { row, rows, pos, blocks: blocks(&seqs[seq].tables, window) }).collect();
+                    a.forward(b, ws, rows, eps, &segments, &mut self.kv.kv);
                 }
                 Mixer::Gdn(g) => {
                     let cut: Vec<_> = cut.collect();
@@ -498,10 +474,10 @@ impl<B: Backend> Model<B> {
                     for (i, seq) in seqs.iter_mut().enumerate() {
                         let seq = &mut **seq;
                         if let (Some(&(_, row, rows, pos)), Some(state)) = (cut.iter().find(|c| c.0 == i), &mut seq.states[index]) {
-                            segments.push(LatentSegment { row, rows, pos, entry_row: 0, blocks: &seq.blocks, state });
+                            segments.push(LatentSegment { row, rows, pos, entry_row: 0, blocks: blocks(&seq.tables, None), state });
                         }
                     }
-                    l.forward(b, ws, rows, &mut segments, &mut self.entries);
+                    l.forward(b, ws, rows, &mut segments, &mut self.kv.entries);
                 }
             }
             layer.write(b, &self.spec, Part::Mixer, &mut f.x, first, rows, ws);

@@ -11,6 +11,8 @@ use crate::workspace::{Chunks, scratch_bytes};
 pub const WARM_SEQUENCES: u64 = 2;
 /// Recurrent states per warm sequence: its own, one to roll back to, two snapshots.
 pub const STATES_PER_SEQUENCE: u64 = 4;
+/// Tokens before its end to which a sequence can be cut without a snapshot: windows are kept that much longer.
+pub const UNDO_TOKENS: usize = 2 * KV_BLOCK;
 /// Largest context that is chosen without being asked for.
 pub const DEFAULT_CONTEXT: usize = 32_768;
 /// Program, stacks and small allocations.
@@ -89,10 +91,8 @@ pub struct MemoryPlan {
     pub states: u64,
     /// KV of a full context.
     pub kv: u64,
-    /// One block of 32 positions over all attention layers.
-    pub kv_block: u64,
-    /// Blocks of a full context.
-    pub kv_blocks: usize,
+    /// Its blocks.
+    pub kv_pools: Vec<KvPool>,
     /// KV that fits before the bank has to give up slots.
     pub kv_free: u64,
     /// KV element type.
@@ -117,6 +117,30 @@ pub struct MemoryPlan {
     pub warnings: Vec<String>,
 }
 
+/// Blocks of the layers that keep equally many tokens of a sequence: all of them, or those of one window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvPool {
+    /// Tokens that a row sees, itself included; `None` for all.
+    pub window: Option<usize>,
+    /// Bytes of one block of [`KV_BLOCK`] positions over these layers.
+    pub block_bytes: u64,
+    /// Blocks of all sequences together.
+    pub blocks: usize,
+}
+
+/// Blocks that `tokens` tokens touch which start anywhere.
+const fn touched(tokens: usize) -> usize {
+    tokens.div_ceil(KV_BLOCK) + 1
+}
+
+impl KvPool {
+    /// Blocks for one sequence of `context` tokens in passes of at most `rows`, and `spare` windows of others and of snapshots.
+    fn blocks(window: Option<usize>, context: usize, rows: usize, spare: usize) -> usize {
+        let whole = context.div_ceil(KV_BLOCK);
+        window.map_or(whole, |w| whole.min(touched(w + UNDO_TOKENS + rows) + spare * touched(w + UNDO_TOKENS)))
+    }
+}
+
 /// How a model relates to a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -139,13 +163,27 @@ impl Verdict {
     }
 }
 
-/// The KV store of every attention layer.
-pub(crate) fn kv_specs(spec: &ModelSpec, ty: KvType) -> Vec<KvSpec> {
+/// The KV store of every attention layer, with its window.
+pub(crate) fn kv_specs(spec: &ModelSpec, ty: KvType) -> Vec<(Option<usize>, KvSpec)> {
     let of = |m: &MixerSpec| match m {
-        MixerSpec::Attention(AttentionBlock { attention: a, .. }) => Some(KvSpec { kv_heads: a.kv_heads, head_dim: a.head_dim, ty }),
+        MixerSpec::Attention(AttentionBlock { attention: a, .. }) => Some((a.window, KvSpec { kv_heads: a.kv_heads, head_dim: a.head_dim, ty })),
         MixerSpec::Gdn(_) | MixerSpec::Latent(_) => None,
     };
     spec.layers.iter().filter_map(|l| of(&l.mixer)).collect()
+}
+
+/// The pools of a model: window and bytes of a block. Compressed entries stand for the whole context.
+fn kv_pools(spec: &ModelSpec, ty: KvType) -> Vec<(Option<usize>, u64)> {
+    let keys = kv_specs(spec, ty).into_iter().map(|(window, k)| (window, k.block_bytes() as u64));
+    let entries = entry_specs(spec, ty).into_iter().map(|e| (None, e.block_bytes() as u64));
+    let mut pools: Vec<(Option<usize>, u64)> = Vec::new();
+    for (window, bytes) in keys.chain(entries) {
+        match pools.iter_mut().find(|p| p.0 == window) {
+            Some(pool) => pool.1 += bytes,
+            None => pools.push((window, bytes)),
+        }
+    }
+    pools
 }
 
 /// The stores of every layer with compressed entries: entries, then index keys where there are any.
@@ -187,28 +225,30 @@ impl MemoryPlan {
             None => (default_budget(options.available), "available memory"),
         };
         let kv_type = options.kv.unwrap_or(if sizes.quantised { KvType::F16 } else { KvType::F32 });
-        let entries: u64 = entry_specs(spec, kv_type).iter().map(|e| e.block_bytes() as u64).sum();
-        let kv_block: u64 = kv_specs(spec, kv_type).iter().map(|k| k.block_bytes() as u64).sum::<u64>() + entries;
+        let pools = kv_pools(spec, kv_type);
         let experts = spec.routed_experts();
         let all_experts = experts as u64 * sizes.slot_bytes;
         let top_k = spec.top_k();
         let floor = floor_slots(top_k).min(experts);
         let state: u64 = state_specs(spec, kv_type).iter().flatten().map(|s| s.bytes() as u64).sum();
         let states = state * WARM_SEQUENCES * STATES_PER_SEQUENCE;
-        let kv_of = |context: usize| context.div_ceil(KV_BLOCK) as u64 * kv_block;
+        // Windows beside that of the running sequence: as many as recurrent states (undoing needs no copy), if an eighth holds them.
+        let one_window: u64 = pools.iter().filter_map(|&(window, bytes)| window.map(|w| touched(w + UNDO_TOKENS) as u64 * bytes)).sum();
+        let spare = (budget / 8).checked_div(one_window).unwrap_or(0).min(WARM_SEQUENCES * (STATES_PER_SEQUENCE - 1) - 1) as usize;
+        let kv_of = |context: usize, rows: usize| pools.iter().map(|&(window, bytes)| KvPool::blocks(window, context, rows, spare) as u64 * bytes).sum::<u64>();
         let limit = spec.max_positions.clamp(1, DEFAULT_CONTEXT);
         let max_context = options.context.unwrap_or(limit);
-        // Scratch that a small budget can afford: one chunk of 512 rows, less when it would take more than an eighth.
-        let chunk = options.chunk.unwrap_or_else(|| {
-            let fits = |c: usize| scratch_bytes(spec, Chunks { mixer: c, moe: c }) <= budget / 8;
-            [512, 256, 128, 64, 32].into_iter().find(|&c| fits(c)).unwrap_or(16)
-        });
+        // What a pass needs while it runs: scratch, and keys and values of windows that move on with it.
+        let windowed: u64 = pools.iter().filter(|p| p.0.is_some()).map(|p| p.1).sum();
+        let affordable = |chunks: Chunks| scratch_bytes(spec, chunks) + (chunks.moe as u64 * windowed).div_ceil(KV_BLOCK as u64) <= budget / 8;
+        // As much as a small budget can afford: one chunk of 512 rows, less when it would take more than an eighth.
+        let chunk = options.chunk.unwrap_or_else(|| [512, 256, 128, 64, 32].into_iter().find(|&c| affordable(Chunks { mixer: c, moe: c })).unwrap_or(16));
         let fixed = |chunks: Chunks| BASE_BYTES + options.tokenizer_bytes + sizes.resident_bytes + states + scratch_bytes(spec, chunks);
         let short =
             |what: &str, needed: u64, available: u64, hint: &str| ModelError::Budget { what: what.to_owned(), needed, available, hint: hint.to_owned() };
 
         let one = Chunks { mixer: chunk, moe: chunk };
-        let resident_needs = fixed(one) + all_experts + kv_of(options.context.unwrap_or(limit.min(4096)));
+        let resident_needs = fixed(one) + all_experts + kv_of(options.context.unwrap_or(limit.min(4096)), one.moe);
         let residency = match options.residency {
             _ if experts == 0 => Residency::Resident,
             ResidencyChoice::Resident if options.bank.is_some() => {
@@ -223,8 +263,8 @@ impl MemoryPlan {
         };
         // When streaming, several chunks of a long prompt go through a layer before its experts are read again.
         let super_chunk = Chunks { mixer: chunk, moe: chunk * 4 };
-        let chunks =
-            if residency == Residency::Streaming && options.chunk.is_none() && scratch_bytes(spec, super_chunk) <= budget / 8 { super_chunk } else { one };
+        let chunks = if residency == Residency::Streaming && options.chunk.is_none() && affordable(super_chunk) { super_chunk } else { one };
+        let kv_of = |context: usize| kv_of(context, chunks.moe);
         let fixed = fixed(chunks);
         let least_bank = match (residency, options.bank) {
             (Residency::Resident, _) => all_experts,
@@ -260,8 +300,8 @@ impl MemoryPlan {
                 ));
             }
             Some(context) => context,
-            None if kv_block == 0 => max_context,
-            None => max_context.min((room / kv_block) as usize * KV_BLOCK),
+            // At least the one block that was counted above.
+            None => (1..=max_context.div_ceil(KV_BLOCK)).rev().map(|b| max_context.min(b * KV_BLOCK)).find(|&c| kv_of(c) <= room).unwrap_or(1),
         };
         let slots = match (residency, options.bank) {
             (Residency::Resident, _) => experts,
@@ -288,8 +328,10 @@ impl MemoryPlan {
             scratch: scratch_bytes(spec, chunks),
             states,
             kv: kv_of(context),
-            kv_block,
-            kv_blocks: context.div_ceil(KV_BLOCK) + 1,
+            kv_pools: pools
+                .iter()
+                .map(|&(window, block_bytes)| KvPool { window, block_bytes, blocks: KvPool::blocks(window, context, chunks.moe, spare) })
+                .collect(),
             kv_free: budget - fixed - slots as u64 * sizes.slot_bytes,
             kv_type,
             context,
@@ -306,7 +348,17 @@ impl MemoryPlan {
 
     /// Bytes of everything but the bank, with the first block of keys and values.
     pub fn beside_bank(&self) -> u64 {
-        self.base + self.tokenizer + self.resident + self.scratch + self.states + self.kv_block
+        self.base + self.tokenizer + self.resident + self.scratch + self.states + self.kv_bytes(1)
+    }
+
+    /// Bytes of keys and values that a sequence of `tokens` tokens can make the model hold.
+    pub fn kv_bytes(&self, tokens: usize) -> u64 {
+        self.kv_pools.iter().map(|p| p.blocks.min(tokens.div_ceil(KV_BLOCK)) as u64 * p.block_bytes).sum()
+    }
+
+    /// Bytes of keys and values that the row after `tokens` tokens reads.
+    pub fn kv_read(&self, tokens: f64) -> f64 {
+        self.kv_pools.iter().map(|p| tokens.min(p.window.map_or(f64::INFINITY, |w| w as f64)) * p.block_bytes as f64 / KV_BLOCK as f64).sum()
     }
 
     /// `fits` or `tight`.

@@ -76,11 +76,11 @@ fn undo_and_snapshots_leave_no_trace() {
         // Far ahead, then back to the snapshot.
         feed(&mut model, &mut seq, &[5; 30]);
         seq.commit(30);
-        seq.restore(&backend, &snapshot);
+        assert!(seq.restore(&backend, &snapshot));
         assert!(feed(&mut model, &mut seq, &tokens[40..]) == expected, "{name}: after a restore");
         seq.commit(20);
         // A pass that is cancelled in the middle.
-        seq.restore(&backend, &snapshot);
+        assert!(seq.restore(&backend, &snapshot));
         seq.begin(&backend);
         let asked = std::cell::Cell::new(0);
         let cancel_later = || {

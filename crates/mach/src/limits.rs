@@ -71,16 +71,15 @@ pub(crate) fn active_weights(spec: &ModelSpec, parameters: u64) -> u64 {
     parameters.saturating_sub(idle + ends)
 }
 
-/// Bytes of a sequence's memory that one more token moves at `depth`: recurrent states read and written, keys and values
-/// read. `kv_position` are the bytes of one position over all attention layers.
-pub(crate) fn sequence_bytes(spec: &ModelSpec, kv_position: f64, depth: f64) -> f64 {
+/// Bytes of a sequence's memory that one more token moves: recurrent states read and written, and the keys and values that it reads.
+pub(crate) fn sequence_bytes(spec: &ModelSpec, kv_read: f64) -> f64 {
     let state = |m: &MixerSpec| match m {
         MixerSpec::Gdn(g) => g.state_bytes(),
         MixerSpec::Latent(l) => l.attention.state_bytes(),
         MixerSpec::Attention(_) => 0,
     };
     let states: usize = spec.layers.iter().map(|l| state(&l.mixer)).sum();
-    2.0 * states as f64 + kv_position * depth
+    2.0 * states as f64 + kv_read
 }
 
 /// The middle value, and the ends.
@@ -134,7 +133,7 @@ mod tests {
         let active = active_weights(&spec, experts + ends + 1_000_000_000);
         assert_eq!(active, 1_000_000_000 + experts / 32);
         let tail = 3 * 8192 * 4;
-        assert_eq!(sequence_bytes(&spec, 20_480.0, 100.0), 2.0 * 30.0 * f64::from((2 << 20) + tail) + 2_048_000.0);
+        assert_eq!(sequence_bytes(&spec, 2_048_000.0), 2.0 * 30.0 * f64::from((2 << 20) + tail) + 2_048_000.0);
         let tied = json!({"model_type": "qwen3_moe", "hidden_size": 64, "vocab_size": 100, "num_attention_heads": 4, "num_experts": 4,
             "num_experts_per_tok": 4, "tie_word_embeddings": true, "num_hidden_layers": 1});
         let (_, spec) = mach_models::spec_of(&tied).unwrap();

@@ -1,4 +1,5 @@
 //! Loading golden checkpoints and running them, shared by the integration tests.
+#![allow(dead_code)] // Each test file uses its own part.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

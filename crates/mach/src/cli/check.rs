@@ -1,5 +1,6 @@
 //! `mach check`: whether and how a model would run here. Reads headers only.
 
+use mach_backend::KV_BLOCK;
 use mach_experts::Residency;
 use mach_models::plan::{Verdict, default_budget};
 use mach_models::{MemoryPlan, ModelError};
@@ -106,9 +107,10 @@ fn describe_way(name: &str, way: &Result<Prepared, Error>) -> Value {
 }
 
 fn memory_json(p: &MemoryPlan) -> Value {
+    let pools: Vec<Value> = p.kv_pools.iter().map(|p| json!({"window": p.window, "block_bytes": p.block_bytes, "blocks": p.blocks})).collect();
     json!({
         "budget": p.budget, "budget_source": p.budget_source, "base": p.base, "tokenizer": p.tokenizer, "resident": p.resident, "scratch": p.scratch,
-        "states": p.states, "kv": p.kv, "kv_free_before_bank_shrinks": p.kv_free, "context": p.context, "bank": p.slots as u64 * p.slot_bytes, "slots": p.slots,
+        "states": p.states, "kv": p.kv, "kv_pools": pools, "kv_free_before_bank_shrinks": p.kv_free, "context": p.context, "bank": p.slots as u64 * p.slot_bytes, "slots": p.slots,
         "slot_bytes": p.slot_bytes, "experts": p.experts, "experts_bytes": p.experts as u64 * p.slot_bytes, "floor_slots": p.floor_slots,
         "working_set_slots": p.working_set, "residency": if p.residency == Residency::Resident { "resident" } else { "streaming" }, "warnings": p.warnings,
     })
@@ -122,7 +124,8 @@ fn print_plan(p: &MemoryPlan, available: u64) {
     row("scratch", p.scratch, &format!("{} rows at once", p.chunks.moe));
     row("recurrent states", p.states, "");
     row("tokenizer, program", p.tokenizer + p.base, "");
-    row("keys and values", p.kv, &format!("{} tokens; the bank gives up slots as they grow", p.context));
+    let windows = p.kv_pools.iter().filter_map(|pool| Some(format!(", in layers with a window of {} at most {}", pool.window?, pool.blocks * KV_BLOCK)));
+    row("keys and values", p.kv, &format!("{} tokens{}; the bank gives up slots as they grow", p.context, windows.collect::<String>()));
     let note = match p.residency {
         Residency::Resident => format!("all {} experts of {}", p.experts, size(p.slot_bytes)),
         Residency::Streaming => {

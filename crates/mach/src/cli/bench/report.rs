@@ -1,6 +1,5 @@
 //! What a run says: as a table, and as one JSON object.
 
-use mach_backend::KV_BLOCK;
 use mach_experts::{ExpertStats, Residency};
 use serde_json::{Value, json};
 
@@ -46,7 +45,7 @@ impl Report<'_> {
     fn always(&self) -> f64 {
         let plan = &self.prepared.plan;
         let depth = self.work.depth as f64 + self.work.tokens as f64 / 2.0;
-        plan.resident as f64 + sequence_bytes(self.prepared.files.spec(), plan.kv_block as f64 / KV_BLOCK as f64, depth)
+        plan.resident as f64 + sequence_bytes(self.prepared.files.spec(), plan.kv_read(depth))
     }
 
     /// Tokens per second that the ceilings allow at this hit rate.

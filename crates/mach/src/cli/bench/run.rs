@@ -8,7 +8,7 @@ use mach_backend::{Backend, Reference};
 use mach_cpu::Cpu;
 use mach_experts::trace::Phase as Mark;
 use mach_experts::{AheadStats, ExpertStats, Residency};
-use mach_models::{Model, RouteLog, Row, Sequence, Want};
+use mach_models::{Model, RouteLog, Row, Sequence, Snapshot, Want};
 
 use super::Routing;
 use crate::cli::args::{LoadBar, signal_line};
@@ -177,12 +177,11 @@ impl<B: Backend> Bench<B> {
     /// A run from where the sequence stands, as often as asked; each starts from the same state.
     fn runs(&mut self, work: &Work, mark: &dyn Fn(Mark)) -> Result<Vec<Sample>, Error> {
         let Work { phase, tokens, repeat, .. } = *work;
-        let backend = self.model.backend().clone();
-        let start = self.seq.snapshot(&backend);
+        let start = self.seq.snapshot(self.model.backend());
         let mut progress = ProgressLine::new();
         let mut samples = Vec::with_capacity(repeat);
         for i in 0..repeat {
-            self.seq.restore(&backend, &start);
+            self.back_to(&start);
             mark(Mark::Measured);
             let sample = match phase {
                 Phase::Decode => self.decode(tokens)?,
@@ -209,28 +208,30 @@ impl<B: Backend> Bench<B> {
     /// Decodes until caches are warm: a few tokens, and until the bank is full where there is one that does not hold all.
     fn warm_up(&mut self, streaming: bool, tokens: Option<usize>) -> Result<ExpertStats, Error> {
         let before = self.model.expert_stats();
-        let backend = self.model.backend().clone();
-        let start = self.seq.snapshot(&backend);
+        let start = self.seq.snapshot(self.model.backend());
         for i in 0..tokens.unwrap_or(WARM_UP[1]) {
             if tokens.is_none() && i >= WARM_UP[0] && (!streaming || self.model.expert_stats().evictions > 0) {
                 break;
             }
             // The sequence does not grow with the time that this takes.
             if i % WARM_UP[0] == 0 {
-                self.seq.restore(&backend, &start);
+                self.back_to(&start);
             }
             self.feed(1, 1, true, None)?;
         }
-        self.seq.restore(&backend, &start);
+        self.back_to(&start);
         Ok(self.model.expert_stats().since(&before))
+    }
+
+    fn back_to(&mut self, start: &Snapshot<B>) {
+        assert!(self.seq.restore(self.model.backend(), start), "a snapshot of this sequence, which was never cut before it");
     }
 
     /// A prompt that is not timed; distinct experts over all layers, and its accesses.
     fn first_prompt(&mut self, tokens: usize) -> Result<(u64, ExpertStats), Error> {
-        let backend = self.model.backend().clone();
-        let (start, mut log) = (self.seq.snapshot(&backend), RouteLog::default());
+        let (start, mut log) = (self.seq.snapshot(self.model.backend()), RouteLog::default());
         let sample = self.feed(tokens, self.model.max_rows(), true, Some(&mut log))?;
-        self.seq.restore(&backend, &start);
+        self.back_to(&start);
         Ok((distinct(&log), sample.stats))
     }
 }

@@ -1,6 +1,5 @@
 //! `mach bench stream`: decoding at several memory budgets.
 
-use mach_backend::KV_BLOCK;
 use mach_models::MemoryPlan;
 use serde_json::Value;
 
@@ -61,7 +60,7 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
 /// Budgets for [`SHARES`] of the experts with a context of `tokens`, as far as `most` bytes allow.
 fn sweep(plan: &MemoryPlan, tokens: usize, most: u64) -> Vec<u64> {
     let slots = SHARES.map(|share| ((share * plan.experts as f64) as usize).max(plan.floor_slots));
-    let beside = plan.beside_bank() + tokens.div_ceil(KV_BLOCK) as u64 * plan.kv_block;
+    let beside = plan.beside_bank() + plan.kv_bytes(tokens);
     let mut budgets: Vec<u64> = slots.iter().map(|&n| beside + n as u64 * plan.slot_bytes).filter(|&b| b <= most).collect();
     budgets.dedup();
     budgets
