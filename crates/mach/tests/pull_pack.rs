@@ -169,11 +169,6 @@ fn killed_runs_go_on() {
             std::thread::sleep(Duration::from_millis(5));
         }
         let path = case.hub.repo().join("packs").join(COMMIT);
-        // Downloads run ahead of the packing, the further the busier the machine is.
-        while damaged && layer_files(&path).is_empty() {
-            assert!(child.try_wait().unwrap().is_none(), "it ended before a layer was done");
-            std::thread::sleep(Duration::from_millis(5));
-        }
         child.kill().unwrap();
         child.wait().unwrap();
         (case.hub.state().stall, case.hub.state().stalled) = (None, false);

@@ -85,7 +85,9 @@ impl Hub {
         if files.iter().any(|f| Path::new(&f.path).starts_with(mach_format::SIDECAR_DIR)) {
             return Err(HubError::IsPack { repo: request.repo.clone() }.into());
         }
-        let (weights, texts): (Vec<&RemoteFile>, Vec<&RemoteFile>) = files.into_iter().partition(|f| f.path.ends_with(".safetensors"));
+        let (mut weights, texts): (Vec<&RemoteFile>, Vec<&RemoteFile>) = files.into_iter().partition(|f| f.path.ends_with(".safetensors"));
+        // Whatever the order of the listing, so that another run takes the same one.
+        weights.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         let downloaded = AtomicU64::new(index_bytes + fetch_all(&shared, request, &listing.commit, &texts)?);
         let outlines = out.join(OUTLINE);
         fs::create_dir_all(&outlines).map_err(Error::io(format!("create {}", outlines.display())))?;
