@@ -3,7 +3,7 @@
 use mach_format::BlockFormat;
 use serde_json::{Value, json};
 
-/// Names of the shapes that [`named`] knows.
+/// Names of the shapes that [`Shape::named`](super::Shape::named) knows.
 pub const SHAPES: [&str; 5] = ["qwen3.6-35b-a3b", "qwen3-30b-a3b", "gpt-oss-20b", "gemma-4-26b-a4b", "deepseek-v4-flash"];
 
 /// The configuration of a published shape, and the format that its experts are published in where that is not affine.
