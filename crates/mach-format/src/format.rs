@@ -119,6 +119,11 @@ pub enum Codes {
 }
 
 impl Codes {
+    /// Whether the numbers, taken apart and counted from what stands for zero, are all below 64.
+    pub const fn fit_in_six_bits(self) -> bool {
+        matches!(self, Self::Bits(2..=6) | Self::E2m1 | Self::Iq3S | Self::Iq1S | Self::Iq1M)
+    }
+
     /// Bytes of 32 columns of 16 rows.
     pub const fn unit_bytes(self) -> usize {
         match self {

@@ -338,7 +338,7 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
                 x[r] = acts.whole.add(rows[r] as usize * acts.cols + j * BLK);
             }
             K::dot_i16::<BLK, P>(codes, x)
-        } else if const { BITS == APART } {
+        } else if const { BITS == APART } && !(K::UNPACKS && format.codes.fit_in_six_bits()) {
             K::dot::<8, BLK, P>(codes, x, sums)
         } else if UNPACKED {
             K::dot_unpacked::<BLK, P>(codes, x)
