@@ -7,6 +7,9 @@ use serde_json::{Map, Value};
 
 use crate::ModelError;
 
+/// More layers than any model has.
+pub(crate) const MAX_LAYERS: usize = 4096;
+
 /// Fields that Hugging Face writes everywhere and that do not change the forward pass of a text model.
 const INERT: &[&str] = &[
     "_name_or_path",
@@ -178,6 +181,15 @@ impl<'a> Fields<'a> {
         Ok(self.size_opt(key)?.unwrap_or(default))
     }
 
+    /// `num_hidden_layers`, bounded, since memory is taken for each of them before a tensor is looked for.
+    pub fn layers(&self, default: Option<usize>) -> Result<usize, ModelError> {
+        let key = "num_hidden_layers";
+        match default.map_or_else(|| self.size(key), |n| self.size_or(key, n))? {
+            n @ 1..=MAX_LAYERS => Ok(n),
+            n => Err(self.wrong(key, format!("is {n}, not 1 to {MAX_LAYERS}"))),
+        }
+    }
+
     /// A number, if present.
     pub fn number_opt(&self, key: &'static str) -> Result<Option<f64>, ModelError> {
         self.typed(key, "a number", Value::as_f64)
@@ -282,6 +294,18 @@ pub fn rope(c: &Fields<'_>, default_theta: f64, default_partial: f64) -> Result<
 mod tests {
     use super::*;
     use serde_json::json;
+
+    /// Protects the memory of those who open a damaged file: a count of layers is believed up to a bound.
+    #[test]
+    fn layers_are_bounded() {
+        let layers = |config: Value, default| Fields::new(&config, "").unwrap().layers(default).map_err(|e| e.to_string());
+        assert_eq!(layers(serde_json::json!({"num_hidden_layers": 61}), None), Ok(61));
+        assert_eq!(layers(serde_json::json!({}), Some(24)), Ok(24));
+        assert!(layers(serde_json::json!({}), None).unwrap_err().contains("is missing"));
+        for n in [0_u64, 4097, 1 << 30] {
+            assert!(layers(serde_json::json!({ "num_hidden_layers": n }), Some(24)).unwrap_err().contains("not 1 to 4096"));
+        }
+    }
 
     /// Protects users from silent nonsense: what changes the maths and is not known must be named.
     #[test]

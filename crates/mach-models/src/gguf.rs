@@ -14,7 +14,7 @@ use mach_format::{Checkpoint, FormatError};
 use serde_json::{Map, Value, json};
 
 use crate::ModelError;
-use crate::config::Fields;
+use crate::config::{Fields, MAX_LAYERS};
 use crate::registry::REGISTRY;
 
 /// Field of the configuration that says how weights are stored.
@@ -105,7 +105,7 @@ impl Meta<'_> {
     /// As [`Meta::size`].
     pub fn layers(&self) -> Result<usize, ModelError> {
         let (all, draft) = (self.size("block_count")?, self.size_or("nextn_predict_layers", 0)?);
-        all.checked_sub(draft).filter(|&n| n > 0).ok_or_else(|| self.wrong("block_count", format!("is {all}, {draft} of them draft")))
+        all.checked_sub(draft).filter(|n| (1..=MAX_LAYERS).contains(n)).ok_or_else(|| self.wrong("block_count", format!("is {all}, {draft} of them draft")))
     }
 
     fn size_opt(&self, key: &str) -> Result<Option<usize>, ModelError> {

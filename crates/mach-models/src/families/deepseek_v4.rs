@@ -211,7 +211,7 @@ fn ropes(c: &Fields<'_>, rotary: usize) -> Result<Vec<RopeTable>, ModelError> {
 
 fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let hidden = c.size("hidden_size")?;
-    let layers = c.size("num_hidden_layers")?;
+    let layers = c.layers(None)?;
     let (heads, dim) = (c.size("num_attention_heads")?, c.size_or("head_dim", 512)?);
     for (key, allowed) in [
         ("hidden_act", json!("silu")),

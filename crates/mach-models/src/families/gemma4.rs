@@ -179,7 +179,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         return Err(c.unsupported("hidden_size_per_layer_input", "embeddings per layer are not supported; 0 is"));
     }
     c.get("vocab_size_per_layer_input");
-    let n = c.size_or("num_hidden_layers", 30)?;
+    let n = c.layers(Some(30))?;
     let sliding: Vec<bool> = match c.list_opt("layer_types")? {
         Some(types) if types.len() != n => return Err(c.wrong("layer_types", format!("names {} layers of {n}", types.len()))),
         Some(types) => types

@@ -160,7 +160,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     if window == 0 {
         return Err(c.wrong("sliding_window", "is 0"));
     }
-    let n = c.size_or("num_hidden_layers", 36)?;
+    let n = c.layers(Some(36))?;
     let windows = match c.list_opt("layer_types")? {
         Some(types) if types.len() != n => return Err(c.wrong("layer_types", format!("names {} layers of {n}", types.len()))),
         Some(types) => types

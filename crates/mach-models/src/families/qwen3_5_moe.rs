@@ -109,7 +109,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let moe = MoeSpec { shared: Some(shared), ..MoeSpec::new(router, c.size_or("moe_intermediate_size", 512)?) };
     check_router(c, &moe)?;
 
-    let n = c.size_or("num_hidden_layers", 40)?;
+    let n = c.layers(Some(40))?;
     let interval = c.size_or("full_attention_interval", 4)?.max(1);
     let mixers: Vec<MixerSpec> = match c.list_opt("layer_types")? {
         Some(types) if types.len() != n => return Err(c.wrong("layer_types", format!("names {} layers of {n}", types.len()))),

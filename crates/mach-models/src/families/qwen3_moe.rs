@@ -131,7 +131,7 @@ fn parse(c: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let step = c.size_or("decoder_sparse_step", 1)?.max(1);
     let dense = FfnSpec::Dense { inner: c.size_or("intermediate_size", 6144)?, activation: Activation::SwiGlu };
     let mlp_only: Vec<u64> = c.list_opt("mlp_only_layers")?.into_iter().flatten().filter_map(Value::as_u64).collect();
-    let layers = (0..c.size_or("num_hidden_layers", 24)?)
+    let layers = (0..c.layers(Some(24))?)
         .map(|i| LayerSpec {
             mixer: MixerSpec::Attention(AttentionBlock::new(attention)),
             ffn: if experts > 0 && !mlp_only.contains(&(i as u64)) && (i + 1) % step == 0 { FfnSpec::Moe(moe) } else { dense.clone() },
