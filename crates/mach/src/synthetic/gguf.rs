@@ -133,7 +133,7 @@ fn tensors(arch: &MoeArchAdapter, spec: &ModelSpec, quant: BlockFormat, experts_
                 let format = match resident.name.as_str() {
                     name if name == arch.names.heads[0] && cols.is_multiple_of(256) => BlockFormat::Q6K,
                     name if name == arch.names.heads[0] => BlockFormat::Q8_0,
-                    name if name.ends_with(arch.names.embed) && !name.contains("layers.") => BlockFormat::Q8_0,
+                    name if name.ends_with(arch.names.embed) => BlockFormat::Q8_0,
                     _ if cols.is_multiple_of(quant.columns()) => quant,
                     _ => BlockFormat::Q8_0,
                 };
