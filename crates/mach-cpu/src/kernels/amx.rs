@@ -68,6 +68,11 @@ impl Kernel for Amx {
     }
 
     #[inline(always)]
+    unsafe fn add_eight(acc: __m512i, codes: [__m512i; 2], x: *const i8) -> __m512i {
+        Vnni::add_eight(acc, codes, x)
+    }
+
+    #[inline(always)]
     unsafe fn begin<const BLK: usize>() {
         asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG[BLK / 32], options(nostack, readonly, preserves_flags));
     }

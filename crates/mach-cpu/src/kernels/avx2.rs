@@ -336,21 +336,14 @@ impl Kernel for Avx2 {
 
     /// Two products of 6 bits are added in i16: see `dot`.
     #[inline(always)]
-    unsafe fn dot_unpacked<const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R]) -> [I; R] {
-        let ones = _mm256_set1_epi16(1);
-        let mut out = [[_mm256_setzero_si256(); 2]; R];
-        for pair in 0..BLK / 8 {
-            for h in 0..2 {
-                let (a, b) = (load_bytes(w.add(pair * 128 + h * 32)), load_bytes(w.add(pair * 128 + 64 + h * 32)));
-                for r in 0..R {
-                    let x = x[r].add(pair * 8).cast::<i32>();
-                    let (x0, x1) = (_mm256_set1_epi32(x.read_unaligned()), _mm256_set1_epi32(x.add(1).read_unaligned()));
-                    let sum = _mm256_add_epi16(_mm256_maddubs_epi16(a, x0), _mm256_maddubs_epi16(b, x1));
-                    out[r][h] = _mm256_add_epi32(out[r][h], _mm256_madd_epi16(sum, ones));
-                }
-            }
+    unsafe fn add_eight(mut acc: I, codes: [I; 2], x: *const i8) -> I {
+        let x = x.cast::<i32>();
+        let (x0, x1) = (_mm256_set1_epi32(x.read_unaligned()), _mm256_set1_epi32(x.add(1).read_unaligned()));
+        for h in 0..2 {
+            let sum = _mm256_add_epi16(_mm256_maddubs_epi16(codes[0][h], x0), _mm256_maddubs_epi16(codes[1][h], x1));
+            acc[h] = _mm256_add_epi32(acc[h], _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
         }
-        out
+        acc
     }
 
     /// `maddubs` adds two products in i16. Nibbles are at most 15, so eight of them (16·15·128 = 30,720) fit before

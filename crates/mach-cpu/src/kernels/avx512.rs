@@ -260,4 +260,12 @@ impl Kernel for Avx512 {
         }
         out
     }
+
+    #[inline(always)]
+    unsafe fn add_eight(acc: __m512i, codes: [__m512i; 2], x: *const i8) -> __m512i {
+        let x = x.cast::<i32>();
+        let (x0, x1) = (_mm512_set1_epi32(x.read_unaligned()), _mm512_set1_epi32(x.add(1).read_unaligned()));
+        let sum = _mm512_add_epi16(_mm512_maddubs_epi16(codes[0], x0), _mm512_maddubs_epi16(codes[1], x1));
+        _mm512_add_epi32(acc, _mm512_madd_epi16(sum, _mm512_set1_epi16(1)))
+    }
 }

@@ -21,6 +21,9 @@ pub(super) struct Blocks {
     /// Columns that share a scale.
     pub(super) group: usize,
     scales: Scales,
+    /// Bytes of 32 columns, and minus the number that stands for zero where groups have no minimum.
+    pub(super) unit_bytes: usize,
+    zero: f32,
 }
 
 /// How scales are stored.
@@ -33,14 +36,26 @@ enum Scales {
 impl Blocks {
     #[inline(always)]
     pub(super) fn of(layout: &PackedLayout, tile: *const u8) -> Self {
-        let (codes, group, scales) = match layout.format {
-            WeightFormat::Affine { bits, group, scales } => (Codes::Bits(bits), group.into(), Scales::Affine(scales)),
-            WeightFormat::Block(block) => (block.codes(), block.group(), Scales::Block(block)),
+        let (codes, group, scales, zero) = match layout.format {
+            WeightFormat::Affine { bits, group, scales } => (Codes::Bits(bits), group.into(), Scales::Affine(scales), 0.0),
+            WeightFormat::Block(block) => (block.codes(), block.group(), Scales::Block(block), -f32::from(block.offset())),
             format => unreachable!("{format} weights are not quantised"),
         };
         let columns = layout.block_columns();
         let tail = tile.wrapping_add(layout.tile_bytes() - layout.tail_bytes());
-        Self { tile, tail, codes, columns, shift: columns.trailing_zeros(), bytes: layout.block_bytes(), line_bytes: layout.line_bytes(), group, scales }
+        Self {
+            tile,
+            tail,
+            codes,
+            columns,
+            shift: columns.trailing_zeros(),
+            bytes: layout.block_bytes(),
+            line_bytes: layout.line_bytes(),
+            group,
+            scales,
+            unit_bytes: codes.unit_bytes(),
+            zero,
+        }
     }
 
     /// The block of column `column`, and the column within it.
@@ -53,14 +68,14 @@ impl Blocks {
     #[inline(always)]
     pub(super) unsafe fn unit(&self, column: usize) -> *const u8 {
         let (block, within) = self.block(column);
-        block.add(within / UNIT * self.codes.unit_bytes())
+        block.add(within / UNIT * self.unit_bytes)
     }
 
     /// Scale and bias of column `column`: exact, or rounded once from exact values.
     #[inline(always)]
     pub(super) unsafe fn scales<V: Simd>(&self, column: usize) -> (V::F, V::F) {
         let (block, within) = self.block(column);
-        let (at, unit) = (block.add(self.line_bytes), block.add(within / UNIT * self.codes.unit_bytes()));
+        let (at, unit) = (block.add(self.line_bytes), block.add(within / UNIT * self.unit_bytes));
         match self.scales {
             Scales::Affine(ScaleType::BF16) => (V::load_bf16(at.cast()), V::load_bf16(at.add(LANES * 2).cast())),
             Scales::Affine(ScaleType::F16) => (V::load_f16(at.cast()), V::load_f16(at.add(LANES * 2).cast())),
@@ -99,7 +114,7 @@ impl Blocks {
                     BlockFormat::Nvfp4 => V::mul(e4m3_half::<V>(V::load_u8(at.add(within / 16 * LANES))), V::load(self.tail.cast())),
                     _ => V::load_f16(at.cast()),
                 };
-                (scale, V::mul(scale, V::splat(-f32::from(format.offset()))))
+                (scale, V::mul(scale, V::splat(self.zero)))
             }
         }
     }

@@ -323,4 +323,18 @@ impl Kernel for Neon {
         }
         out
     }
+
+    /// Two products of 6 bits fit into i16 (2·63·128 = 16,128).
+    #[inline(always)]
+    unsafe fn add_eight(mut acc: I, codes: [I; 2], x: *const i8) -> I {
+        let x = [broadcast(x), broadcast(x.add(4))];
+        for quad in 0..4 {
+            let mut sums = [vdupq_n_s16(0); 2];
+            for i in 0..2 {
+                multiply_add(&mut sums, vreinterpretq_s8_s32(codes[i][quad]), x[i]);
+            }
+            acc[quad] = vaddq_s32(acc[quad], sum_rows(sums));
+        }
+        acc
+    }
 }

@@ -64,4 +64,15 @@ impl Kernel for NeonDot {
         }
         out
     }
+
+    #[inline(always)]
+    unsafe fn add_eight(mut acc: [int32x4_t; 4], codes: [[int32x4_t; 4]; 2], x: *const i8) -> [int32x4_t; 4] {
+        for i in 0..2 {
+            let x = broadcast(x.add(i * 4));
+            for quad in 0..4 {
+                sdot(&mut acc[quad], vreinterpretq_s8_s32(codes[i][quad]), x);
+            }
+        }
+        acc
+    }
 }

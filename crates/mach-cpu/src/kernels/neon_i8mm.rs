@@ -5,6 +5,7 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 
 use super::neon::{Neon, broadcast, nibbles, six_bits};
+use super::neon_dot::NeonDot;
 use super::simd::Kernel;
 
 pub(crate) struct NeonI8mm;
@@ -68,5 +69,10 @@ impl Kernel for NeonI8mm {
             }
         }
         out
+    }
+
+    #[inline(always)]
+    unsafe fn add_eight(acc: [int32x4_t; 4], codes: [[int32x4_t; 4]; 2], x: *const i8) -> [int32x4_t; 4] {
+        NeonDot::add_eight(acc, codes, x)
     }
 }

@@ -10,11 +10,11 @@
 use std::mem::MaybeUninit;
 
 use mach_backend::KV_BLOCK;
-use mach_format::{Codes, PackedLayout, TILE_ROWS};
+use mach_format::{Codes, PackedLayout, TILE_ROWS, UNIT};
 
 use super::blocks::Blocks;
 use super::simd::{Kernel, LANES, Simd};
-use super::unpack::UnpackPanel;
+use super::unpack::{E2M1_TABLE, UnpackPanel, code_line};
 
 const _: () = assert!(TILE_ROWS == LANES && KV_BLOCK.is_multiple_of(LANES));
 
@@ -195,8 +195,21 @@ struct Tile<'a> {
 /// In place of the bits of numbers: they are taken apart before every product.
 const APART: u8 = 0;
 
+/// Planes up to which numbers are taken apart in registers, once for all of them, instead of by panels.
+const APART_AT_ONCE: usize = 4;
+
 #[inline(always)]
 unsafe fn quant_planes<K: Kernel, const PLANES: usize>(tile: &Tile<'_>, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+    if rows.len() * PLANES <= APART_AT_ONCE {
+        match (tile.format.codes, acts.block) {
+            (Codes::E2m1, 32) => return few_rows::<K, PLANES, E2M1_TABLE, 32>(tile.format, acts, rows, out),
+            (Codes::E2m1, 16) => return few_rows::<K, PLANES, E2M1_TABLE, 16>(tile.format, acts, rows, out),
+            (Codes::Bits(2), 16) => return few_rows::<K, PLANES, 2, 16>(tile.format, acts, rows, out),
+            (Codes::Bits(3), 16) => return few_rows::<K, PLANES, 3, 16>(tile.format, acts, rows, out),
+            (Codes::Bits(5), 32) => return few_rows::<K, PLANES, 5, 32>(tile.format, acts, rows, out),
+            _ => {}
+        }
+    }
     match (tile.format.codes, acts.block) {
         (Codes::Bits(4), 64) => quant_blocks::<K, PLANES, 4, 64>(tile, acts, rows, out),
         (Codes::Bits(4), 32) => quant_blocks::<K, PLANES, 4, 32>(tile, acts, rows, out),
@@ -341,7 +354,7 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
         } else if const { BITS == APART } && !(K::UNPACKS && format.codes.fit_in_six_bits()) {
             K::dot::<8, BLK, P>(codes, x, sums)
         } else if UNPACKED {
-            K::dot_unpacked::<BLK, P>(codes, x)
+            dot_lines::<K, 8, BLK, P>(codes, 0, x)
         } else {
             K::dot::<BITS, BLK, P>(codes, x, sums)
         };
@@ -349,6 +362,67 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
             let at = rows[r] as usize * blocks + j;
             let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };
             acc[r] = add_block::<K::V>(acts, at, isum, scale, bias, acc[r]);
+        }
+    }
+    for r in 0..P / PLANES {
+        K::V::store(out.add(r * LANES), acc[r]);
+    }
+    P / PLANES
+}
+
+/// Exact sums of one block: numbers of at most 6 bits from line `first` of four columns on.
+#[inline(always)]
+unsafe fn dot_lines<K: Kernel, const KIND: u8, const BLK: usize, const P: usize>(unit: *const u8, first: usize, x: [*const i8; P]) -> [<K::V as Simd>::I; P] {
+    let mut isum = [K::V::splat_i(0); P];
+    for eight in 0..BLK / 8 {
+        let codes = [code_line::<K::V, KIND>(unit, first + eight * 2), code_line::<K::V, KIND>(unit, first + eight * 2 + 1)];
+        for p in 0..P {
+            isum[p] = K::add_eight(isum[p], codes, x[p].add(eight * 8));
+        }
+    }
+    isum
+}
+
+/// At most [`APART_AT_ONCE`] planes of rows and numbers of at most 6 bits that are taken apart.
+#[inline(always)]
+unsafe fn few_rows<K: Kernel, const PLANES: usize, const KIND: u8, const BLK: usize>(format: Blocks, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+    let mut rest = (rows, out);
+    while !rest.0.is_empty() {
+        let n = match rest.0.len() * PLANES {
+            1 => rows_apart::<K, PLANES, KIND, BLK, 1>(format, acts, rest.0, rest.1),
+            2 | 3 => rows_apart::<K, PLANES, KIND, BLK, 2>(format, acts, rest.0, rest.1),
+            _ => rows_apart::<K, PLANES, KIND, BLK, 4>(format, acts, rest.0, rest.1),
+        };
+        rest = (&rest.0[n..], rest.1.add(n * LANES));
+    }
+}
+
+#[inline(always)]
+unsafe fn rows_apart<K: Kernel, const PLANES: usize, const KIND: u8, const BLK: usize, const P: usize>(
+    format: Blocks,
+    acts: &QuantRows,
+    rows: &[u32],
+    out: *mut f32,
+) -> usize {
+    let blocks = acts.cols / BLK;
+    let mut acc = [K::V::splat(0.0); P];
+    for column in (0..acts.cols).step_by(UNIT) {
+        let unit = format.unit(column);
+        for line in 0..format.unit_bytes.div_ceil(64) {
+            K::V::prefetch(unit.wrapping_add(PREFETCH + line * 64));
+        }
+        for part in 0..UNIT / BLK {
+            let j = column / BLK + part;
+            let mut x = [acts.q; P];
+            for p in 0..P {
+                x[p] = acts.plane(rows[p / PLANES] as usize, p % PLANES, j).0;
+            }
+            let isum = dot_lines::<K, KIND, BLK, P>(unit, part * BLK / 4, x);
+            let (scale, bias) = format.scales::<K::V>(j * BLK);
+            for r in 0..P / PLANES {
+                let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };
+                acc[r] = add_block::<K::V>(acts, rows[r] as usize * blocks + j, isum, scale, bias, acc[r]);
+            }
         }
     }
     for r in 0..P / PLANES {

@@ -251,4 +251,17 @@ impl Kernel for Scalar {
         }
         out
     }
+
+    #[inline(always)]
+    unsafe fn add_eight(mut acc: [i32; LANES], codes: [[i32; LANES]; 2], x: *const i8) -> [i32; LANES] {
+        for (i, codes) in codes.into_iter().enumerate() {
+            let x = x.add(i * 4).cast::<[i8; 4]>().read();
+            for (sum, codes) in acc.iter_mut().zip(codes) {
+                for (code, x) in codes.to_le_bytes().into_iter().zip(x) {
+                    *sum += i32::from(code) * i32::from(x);
+                }
+            }
+        }
+        acc
+    }
 }

@@ -148,17 +148,14 @@ pub(crate) trait Kernel: 'static {
         [Self::V::splat_i(0); R]
     }
 
-    /// Whether [`Kernel::dot_unpacked`] works.
-    const UNPACKS: bool = false;
-
-    /// [`Kernel::dot`] of numbers of at most 6 bits that were taken apart, a line for every four columns.
+    /// `acc` and the exact products of eight columns: numbers of at most 6 bits of 16 rows, four bytes each, and eight activations.
     ///
     /// # Safety
-    /// As [`Kernel::dot`]; only where the set unpacks.
-    #[inline(always)]
-    unsafe fn dot_unpacked<const BLK: usize, const R: usize>(_w: *const u8, _x: [*const i8; R]) -> [<Self::V as Simd>::I; R] {
-        [Self::V::splat_i(0); R]
-    }
+    /// Needs the instruction set; `x` is valid for eight bytes.
+    unsafe fn add_eight(acc: <Self::V as Simd>::I, codes: [<Self::V as Simd>::I; 2], x: *const i8) -> <Self::V as Simd>::I;
+
+    /// Whether numbers of 4 and 6 bits are taken apart where many rows share them.
+    const UNPACKS: bool = false;
 
     /// Exact products of up to 16 activation rows at once, where the set has a matrix unit: `out[r][row]`.
     /// Returns false where it has none.

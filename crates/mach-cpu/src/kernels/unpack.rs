@@ -57,7 +57,7 @@ pub(crate) unsafe fn unpack_panel<V: Simd>(
 }
 
 /// Ways of storing numbers beside integers of so many bits.
-const E2M1_TABLE: u8 = 16;
+pub(super) const E2M1_TABLE: u8 = 16;
 const IQ4_TABLE: u8 = 17;
 const IQ2_XXS: u8 = 18;
 const IQ2_XS: u8 = 19;
@@ -69,7 +69,7 @@ const IQ1_M: u8 = 24;
 
 #[inline(always)]
 unsafe fn units<V: Simd, const KIND: u8>(format: Blocks, first: usize, columns: usize, codes: *mut u8) {
-    let bytes = format.codes.unit_bytes();
+    let bytes = format.unit_bytes;
     for u in 0..columns / UNIT {
         let unit = format.unit(first + u * UNIT);
         for line in 0..bytes.div_ceil(64) {
@@ -94,29 +94,6 @@ unsafe fn line<V: Simd>(unit: *const u8, line: usize) -> V::I {
 #[inline(always)]
 unsafe fn unpack_unit<V: Simd, const KIND: u8>(unit: *const u8, out: *mut u8) {
     match KIND {
-        2 | 3 => {
-            let above = if const { KIND == 3 } { line::<V>(unit, 2) } else { V::splat_i(0) };
-            for four in 0..8 {
-                let mut q = part::<V>(line::<V>(unit, four / 4), four % 4 * 2, 0x0303_0303);
-                if const { KIND == 3 } {
-                    q = V::or_i(q, V::shl_i::<2>(part::<V>(above, four, 0x0101_0101)));
-                }
-                V::store_i(out.add(four * 64), q);
-            }
-        }
-        6 => {
-            for four in 0..8 {
-                let sixteen = four / 4 * 3;
-                let low = part::<V>(line::<V>(unit, sixteen + four % 4 / 2), four % 2 * 4, 0x0f0f_0f0f);
-                let high = V::shl_i::<4>(part::<V>(line::<V>(unit, sixteen + 2), four % 4 * 2, 0x0303_0303));
-                V::store_i(out.add(four * 64), V::or_i(low, high));
-            }
-        }
-        8 => {
-            for four in 0..8 {
-                V::store_i(out.add(four * 64), line::<V>(unit, four));
-            }
-        }
         IQ2_XXS | IQ2_XS | IQ2_S => {
             for l in 0..4 {
                 let (points, signs) = iq2::<V, KIND>(unit, l);
@@ -158,17 +135,34 @@ unsafe fn unpack_unit<V: Simd, const KIND: u8>(unit: *const u8, out: *mut u8) {
             }
         }
         _ => {
-            let above = if const { KIND == 5 } { line::<V>(unit, 4) } else { V::splat_i(0) };
             for four in 0..8 {
-                let mut q = part::<V>(line::<V>(unit, four / 2), four % 2 * 4, 0x0f0f_0f0f);
-                if const { KIND == 5 } {
-                    q = V::or_i(q, V::shl_i::<4>(part::<V>(above, four, 0x0101_0101)));
-                } else if const { KIND == E2M1_TABLE } {
-                    q = V::lookup(&E2M1, q);
-                } else if const { KIND == IQ4_TABLE } {
-                    q = V::lookup(&IQ4, q);
-                }
-                V::store_i(out.add(four * 64), q);
+                V::store_i(out.add(four * 64), code_line::<V, KIND>(unit, four));
+            }
+        }
+    }
+}
+
+/// Columns `4·four..4·four + 4` of integers, or of numbers from a table of 16.
+#[inline(always)]
+pub(super) unsafe fn code_line<V: Simd, const KIND: u8>(unit: *const u8, four: usize) -> V::I {
+    match KIND {
+        2 | 3 => {
+            let low = part::<V>(line::<V>(unit, four / 4), four % 4 * 2, 0x0303_0303);
+            if const { KIND == 3 } { V::or_i(low, V::shl_i::<2>(part::<V>(line::<V>(unit, 2), four, 0x0101_0101))) } else { low }
+        }
+        6 => {
+            let sixteen = four / 4 * 3;
+            let low = part::<V>(line::<V>(unit, sixteen + four % 4 / 2), four % 2 * 4, 0x0f0f_0f0f);
+            V::or_i(low, V::shl_i::<4>(part::<V>(line::<V>(unit, sixteen + 2), four % 4 * 2, 0x0303_0303)))
+        }
+        8 => line::<V>(unit, four),
+        _ => {
+            let q = part::<V>(line::<V>(unit, four / 2), four % 2 * 4, 0x0f0f_0f0f);
+            match KIND {
+                5 => V::or_i(q, V::shl_i::<4>(part::<V>(line::<V>(unit, 4), four, 0x0101_0101))),
+                E2M1_TABLE => V::lookup(&E2M1, q),
+                IQ4_TABLE => V::lookup(&IQ4, q),
+                _ => q,
             }
         }
     }

@@ -46,4 +46,11 @@ impl Kernel for Vnni {
         }
         sums
     }
+
+    #[inline(always)]
+    unsafe fn add_eight(acc: __m512i, codes: [__m512i; 2], x: *const i8) -> __m512i {
+        let x = x.cast::<i32>();
+        let first = _mm512_dpbusd_epi32(acc, codes[0], _mm512_set1_epi32(x.read_unaligned()));
+        _mm512_dpbusd_epi32(first, codes[1], _mm512_set1_epi32(x.add(1).read_unaligned()))
+    }
 }
