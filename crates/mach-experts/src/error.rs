@@ -33,14 +33,6 @@ pub enum ExpertError {
     /// A checkpoint tensor could not be packed.
     #[error(transparent)]
     Format(#[from] mach_format::FormatError),
-    /// A file could not be opened.
-    #[error("cannot open {path}: {source}")]
-    Open {
-        /// File.
-        path: PathBuf,
-        /// Cause.
-        source: std::io::Error,
-    },
     /// The bank could not be had.
     #[error("cannot reserve a bank of {slots} experts ({bytes} bytes): {source}; give a smaller --bank or --memory-budget")]
     Memory {
@@ -76,7 +68,6 @@ impl ExpertError {
             Self::Read { .. } => "expert-read",
             Self::Checksum { .. } => "expert-checksum",
             Self::Format(e) => e.code(),
-            Self::Open { .. } => "file-open",
             Self::Memory { .. } => "bank-memory",
             Self::BelowFloor { .. } => "bank-below-floor",
             Self::Cancelled => "cancelled",

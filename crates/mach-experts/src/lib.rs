@@ -6,7 +6,6 @@
 
 mod ahead;
 mod bank;
-mod direct;
 mod error;
 mod lease;
 mod readers;
@@ -16,7 +15,6 @@ mod store;
 pub mod trace;
 
 pub use ahead::AheadStats;
-pub use direct::{DirectFile, ReadMode};
 pub use error::ExpertError;
 pub use lease::{Lease, Ready};
 pub use source::{CheckpointSource, Key, RecordSource, SidecarSource};

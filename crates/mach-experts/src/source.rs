@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 
 use mach_backend::Part;
-use mach_format::{LayerPlan, RecordLayout, Sidecar};
+use mach_format::{DirectFile, LayerPlan, ReadMode, RecordLayout, Sidecar, pack_gate_up_into};
 
-use crate::direct::{DirectFile, ReadMode};
 use crate::error::ExpertError;
 
 /// One expert of the model.
@@ -53,7 +52,7 @@ impl SidecarSource {
     /// Opens the layer files.
     ///
     /// # Errors
-    /// [`ExpertError::Open`].
+    /// A file that cannot be opened.
     pub fn open(sidecar: Sidecar) -> Result<Self, ExpertError> {
         let files = sidecar.layers().iter().map(|l| DirectFile::open(&l.path)).collect::<Result<Vec<_>, _>>()?;
         let experts = sidecar.layers().first().map_or(0, |l| l.experts());
@@ -122,6 +121,8 @@ impl CheckpointSource {
     pub fn new(path: PathBuf, experts: usize, layers: Vec<LayerPlan>) -> Self {
         let with_layout = |l: LayerPlan| {
             let layout = RecordLayout::new(l.gate.expert(0).layout(), l.down.expert(0).layout());
+            // The bank is the cache: pages of experts would only push others out.
+            let l = LayerPlan { gate: l.gate.past_cache(), up: l.up.past_cache(), down: l.down.past_cache(), ..l };
             (l, layout)
         };
         Self { layers: layers.into_iter().map(with_layout).collect(), experts, path }
@@ -150,19 +151,12 @@ impl RecordSource for CheckpointSource {
         let (layer, layout) = &self.layers[key.layer];
         let mut bytes = 0;
         if part != Part::Down {
-            let (gate, up, tile) = (layer.gate.expert(key.expert), layer.up.expert(key.expert), layout.gate_up.half.tile_bytes());
-            gate.pack_into(a, 2 * tile)?;
-            up.pack_into(&mut a[tile..], 2 * tile)?;
-            bytes += gate.bytes() + up.bytes();
-            // The bank is the cache: pages of experts would only push others out.
-            gate.forget();
-            up.forget();
+            bytes += pack_gate_up_into(&layer.gate.expert(key.expert), &layer.up.expert(key.expert), a)?;
         }
         if part != Part::GateUp {
             let down = layer.down.expert(key.expert);
             down.pack_into(b, layout.down.tile_bytes())?;
             bytes += down.bytes();
-            down.forget();
         }
         Ok(bytes)
     }
@@ -172,6 +166,6 @@ impl RecordSource for CheckpointSource {
     }
 
     fn direct(&self) -> bool {
-        false
+        self.layers.iter().all(|(layer, _)| [&layer.gate, &layer.up, &layer.down].iter().all(|matrix| matrix.is_direct()))
     }
 }

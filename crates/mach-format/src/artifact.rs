@@ -49,6 +49,23 @@ impl ExpertSource {
             Self::Each(all) => all[e].clone(),
         }
     }
+
+    /// See [`Matrix::past_cache`].
+    pub fn past_cache(self) -> Self {
+        match self {
+            Self::Stacked(m) => Self::Stacked(m.past_cache()),
+            Self::StackedRows(m, rows) => Self::StackedRows(m.past_cache(), rows),
+            Self::Each(all) => Self::Each(all.into_iter().map(Matrix::past_cache).collect()),
+        }
+    }
+
+    /// See [`Matrix::is_direct`].
+    pub fn is_direct(&self) -> bool {
+        match self {
+            Self::Stacked(m) | Self::StackedRows(m, _) => m.is_direct(),
+            Self::Each(all) => all.iter().all(Matrix::is_direct),
+        }
+    }
 }
 
 /// The experts of one layer.

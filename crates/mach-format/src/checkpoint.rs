@@ -4,13 +4,16 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use half::{bf16, f16};
 use indexmap::IndexMap;
 use safetensors::tensor::Metadata;
 use serde_json::Value;
 
+use crate::bytes::Bytes;
+use crate::direct::{DirectFile, READ_ALIGN, ReadMode};
+use crate::disk::forget_pages;
 use crate::error::FormatError;
 use crate::gguf::{GgmlType, Gguf};
 use crate::outline::ShardAt;
@@ -66,12 +69,43 @@ pub struct TensorInfo {
 /// The open weight files of a checkpoint, shared by every [`Matrix`](crate::Matrix) of it.
 pub(crate) struct Files {
     pub(crate) open: Vec<(PathBuf, File)>,
+    /// The same for reads past the page cache, opened when first used; `None` where there are no such.
+    direct: Vec<OnceLock<Option<DirectFile>>>,
 }
 
 impl Files {
+    fn new(open: Vec<(PathBuf, File)>) -> Self {
+        let direct = open.iter().map(|_| OnceLock::new()).collect();
+        Self { open, direct }
+    }
+
+    /// A file for reads past the page cache, where the file system has them.
+    pub(crate) fn direct(&self, file: usize) -> Option<&DirectFile> {
+        let open = || DirectFile::open(&self.open[file].0).ok().filter(|f| f.mode() == ReadMode::Direct);
+        self.direct[file].get_or_init(open).as_ref()
+    }
+
     pub(crate) fn read(&self, file: usize, offset: u64, out: &mut [u8]) -> Result<(), FormatError> {
         let (path, file) = &self.open[file];
         file.read_exact_at(out, offset).map_err(FormatError::io("read", path))
+    }
+
+    /// The same into a buffer of the thread, leaving no pages in the page cache where `past_cache`.
+    pub(crate) fn read_bytes(&self, file: usize, offset: u64, bytes: usize, past_cache: bool) -> Result<Bytes, FormatError> {
+        if let Some(direct) = past_cache.then(|| self.direct(file)).flatten() {
+            let start = offset / READ_ALIGN as u64 * READ_ALIGN as u64;
+            let skip = (offset - start) as usize;
+            let mut out = Bytes::with_len((skip + bytes).next_multiple_of(READ_ALIGN), READ_ALIGN);
+            direct.read_blocks_at(start, skip + bytes, &mut out).map_err(FormatError::io("read", direct.path()))?;
+            out.narrow(skip..skip + bytes);
+            return Ok(out);
+        }
+        let mut out = Bytes::with_len(bytes, 1);
+        self.read(file, offset, &mut out)?;
+        if past_cache {
+            forget_pages(&self.open[file].1, offset, Some(bytes as u64));
+        }
+        Ok(out)
     }
 }
 
@@ -149,7 +183,7 @@ impl Checkpoint {
                 return Err(FormatError::IndexMismatch { index: index_path, tensor: name.clone(), shard: dir.join(shard) });
             }
         }
-        Ok(Self { dir: dir.to_owned(), gguf: None, config, generation, tensors, partial, files: Arc::new(Files { open }) })
+        Ok(Self { dir: dir.to_owned(), gguf: None, config, generation, tensors, partial, files: Arc::new(Files::new(open)) })
     }
 
     /// A GGUF model seen as a checkpoint: `config` is what its metadata says in the words of a `config.json`, `rename`
@@ -168,7 +202,7 @@ impl Checkpoint {
         }
         let dir = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
         let gguf = Some(GgufFile { path, vocabulary_bytes: metadata.text_bytes() });
-        Ok(Self { dir, gguf, config, generation: None, tensors, partial: Vec::new(), files: Arc::new(Files { open }) })
+        Ok(Self { dir, gguf, config, generation: None, tensors, partial: Vec::new(), files: Arc::new(Files::new(open)) })
     }
 
     /// The directory.

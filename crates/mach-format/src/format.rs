@@ -120,6 +120,7 @@ pub enum Codes {
 
 impl Codes {
     /// Whether the numbers, taken apart and counted from what stands for zero, are all below 64.
+    #[inline]
     pub const fn fit_in_six_bits(self) -> bool {
         matches!(self, Self::Bits(2..=6) | Self::E2m1 | Self::Iq3S | Self::Iq1S | Self::Iq1M)
     }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use crate::bytes::Bytes;
 use crate::checkpoint::{Files, PlainType};
-use crate::disk::{expect_pages, forget_pages};
+use crate::disk::expect_pages;
 use crate::error::FormatError;
 use crate::format::WeightFormat;
 use crate::packed::{AlignedBytes, GateUpLayout, PackedLayout, PackedMatrix, TILE_ROWS};
@@ -67,6 +68,8 @@ pub struct Matrix {
     /// Of a matrix that lies transposed: the first of its columns among the tensor's rows. `first` and `step` count the
     /// tensor's columns then.
     pub(crate) transposed: Option<usize>,
+    /// Read past the page cache.
+    pub(crate) past_cache: bool,
 }
 
 /// Rows of a matrix: every `step`-th from `first` on.
@@ -204,56 +207,76 @@ impl Matrix {
     }
 
     /// Reads `rows` in the form that tiles are packed of: data, scales, biases.
-    fn read_rows(&self, rows: Range<usize>) -> Result<[Vec<u8>; 3], FormatError> {
+    fn read_rows(&self, rows: Range<usize>) -> Result<[Bytes; 3], FormatError> {
         if let Some(column) = self.transposed {
             return self.read_transposed(rows, column);
         }
-        // Rows apart are read with what lies between them.
-        let span = rows.len().saturating_sub(1) * self.step + rows.len().min(1);
-        let (first, mut out) = (self.first + rows.start * self.step, [const { Vec::new() }; 3]);
+        let first = self.first + rows.start * self.step;
+        let span = first..first + rows.len().saturating_sub(1) * self.step + rows.len().min(1);
+        let read = self.read_span(span.clone())?;
+        if self.step == 1 {
+            return self.checked(rows, read);
+        }
+        self.picked(rows, &read, span)
+    }
+
+    /// Rows of the tensors one after the other, with what lies between those of this matrix.
+    fn read_span(&self, span: Range<usize>) -> Result<[Bytes; 3], FormatError> {
+        let mut out = [(); 3].map(|()| Bytes::default());
         for (out, plane) in out.iter_mut().zip(&self.source.planes) {
-            if let Some(plane) = plane.filter(|_| !rows.is_empty()) {
-                *out = self.read_plane(&plane, first..first + span)?;
+            if let Some(plane) = plane.filter(|_| !span.is_empty()) {
+                *out = self.read_plane(&plane, span.clone())?;
             }
         }
-        let number = |i: usize| (first + i) % self.source.rows;
-        let mut out = self.source.stored.rows(&self.layout, number, out);
-        if self.step > 1 {
-            for bytes in &mut out {
-                let row = bytes.len() / span.max(1);
-                (1..rows.len()).for_each(|r| bytes.copy_within(r * self.step * row..(r * self.step + 1) * row, r * row));
-                bytes.truncate(rows.len() * row);
+        let number = |i: usize| (span.start + i) % self.source.rows;
+        Ok(self.source.stored.rows(&self.layout, number, out))
+    }
+
+    /// `rows` of this matrix, of a span that was read.
+    fn picked(&self, rows: Range<usize>, read: &[Bytes; 3], span: Range<usize>) -> Result<[Bytes; 3], FormatError> {
+        let first = self.first + rows.start * self.step - span.start;
+        let out = read.each_ref().map(|bytes| {
+            let row = bytes.len() / span.len().max(1);
+            let mut out = Bytes::with_len(rows.len() * row, 1);
+            if row > 0 {
+                for (to, from) in out.chunks_exact_mut(row).zip(bytes.chunks_exact(row).skip(first).step_by(self.step)) {
+                    to.copy_from_slice(from);
+                }
             }
-        }
+            out
+        });
+        self.checked(rows, out)
+    }
+
+    fn checked(&self, rows: Range<usize>, read: [Bytes; 3]) -> Result<[Bytes; 3], FormatError> {
         if matches!(self.layout.format, WeightFormat::Fp8 { .. })
-            && let Some(at) = out[0].iter().position(|code| code & 127 == 127)
+            && let Some(at) = read[0].iter().position(|code| code & 127 == 127)
         {
             let reason = format!("column {} is not a number", at % self.cols());
             return Err(FormatError::Quantise { tensor: self.name().to_owned(), row: rows.start + at / self.cols(), reason });
         }
-        Ok(out)
+        Ok(read)
     }
 
     /// A row of the plane for each of `rows`, which are not none.
-    fn read_plane(&self, plane: &Plane, rows: Range<usize>) -> Result<Vec<u8>, FormatError> {
+    fn read_plane(&self, plane: &Plane, rows: Range<usize>) -> Result<Bytes, FormatError> {
         let (offset, bytes) = plane.range(self.source.rows, &rows);
-        let mut read = vec![0; bytes];
-        self.source.files.read(plane.file, offset, &mut read)?;
+        let read = self.source.files.read_bytes(plane.file, offset, bytes, self.past_cache)?;
         if plane.rows_per == 1 {
             return Ok(read);
         }
         let first = plane.row(self.source.rows, rows.start);
         let row = |r: usize| &read[(plane.row(self.source.rows, r) - first) * plane.row_bytes..][..plane.row_bytes];
-        Ok(rows.flat_map(row).copied().collect())
+        Ok(rows.flat_map(row).copied().collect::<Vec<_>>().into())
     }
 
     /// Rows of a matrix whose columns lie one after another from the tensor's row `column` on.
-    fn read_transposed(&self, rows: Range<usize>, column: usize) -> Result<[Vec<u8>; 3], FormatError> {
-        let mut out = [const { Vec::new() }; 3];
+    fn read_transposed(&self, rows: Range<usize>, column: usize) -> Result<[Bytes; 3], FormatError> {
+        let mut out = [(); 3].map(|()| Bytes::default());
         let (Some(plane), size) = (&self.source.planes[0], self.element_bytes()) else { return Ok(out) };
-        let mut columns = vec![0; self.cols() * plane.row_bytes];
-        self.source.files.read(plane.file, plane.offset + (column * plane.row_bytes) as u64, &mut columns)?;
-        out[0] = vec![0; rows.len() * self.cols() * size];
+        let (offset, bytes) = (plane.offset + (column * plane.row_bytes) as u64, self.cols() * plane.row_bytes);
+        let columns = self.source.files.read_bytes(plane.file, offset, bytes, self.past_cache)?;
+        out[0] = Bytes::with_len(rows.len() * self.cols() * size, 1);
         // A few columns at a time, so that their lines stay in cache while rows are gathered from them.
         const COLUMNS: usize = 64;
         for first in (0..self.cols()).step_by(COLUMNS) {
@@ -333,9 +356,15 @@ impl Matrix {
         (READ_BYTES / row.max(1) / TILE_ROWS).max(1) * TILE_ROWS
     }
 
-    /// Lets the system drop its cached pages of this matrix, for readers that stream experts from a checkpoint.
-    pub fn forget(&self) {
-        self.each_part(|file, offset, bytes| forget_pages(file, offset, Some(bytes)));
+    /// The same weight for readers that stream experts from a checkpoint: reads leave nothing in the page cache, past which they go
+    /// where the file system lets them.
+    pub fn past_cache(self) -> Self {
+        Self { past_cache: true, ..self }
+    }
+
+    /// Whether reads go past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.past_cache && self.source.planes.iter().flatten().all(|plane| self.source.files.direct(plane.file).is_some())
     }
 
     /// Lets the system begin to read this matrix, for a loader that comes to it soon.
@@ -370,30 +399,24 @@ impl Matrix {
     /// Writes the tiles from `first` on into `dst`, tile `first + i` at `i·stride`, as many as `tiles` says.
     fn pack_tiles(&self, target: Target, first: usize, tiles: usize, dst: &mut [u8], stride: usize) -> Result<(), FormatError> {
         let step = self.rows_per_read() / TILE_ROWS;
-        let tile_bytes = target.layout.tile_bytes();
         for start in (0..tiles).step_by(step) {
             let end = tiles.min(start + step);
             let rows = (first + start) * TILE_ROWS..((first + end) * TILE_ROWS).min(self.rows());
-            let [data, scales, biases] = if target.requantise { self.quantise_rows(target.layout.format, rows)? } else { self.read_rows(rows)? };
-            let [data_row, scale_row, bias_row] = row_bytes(&target.layout);
-            let piece = |bytes, row, t| nth_chunk(bytes, row * TILE_ROWS, t);
-            for t in 0..end - start {
-                let rows = [piece(&data, data_row, t), piece(&scales, scale_row, t), piece(&biases, bias_row, t)];
-                pack_tile(&target.layout, rows, &mut dst[(start + t) * stride..][..tile_bytes]);
-            }
+            let read = if target.requantise { self.quantise_rows(target.layout.format, rows)? } else { self.read_rows(rows)? };
+            pack_rows(&target.layout, &read, end - start, &mut dst[start * stride..], stride);
         }
         Ok(())
     }
 
     /// Reads `rows` and quantises them to `format` (affine): packed words, scales, biases as MLX stores them.
-    pub(crate) fn quantise_rows(&self, format: WeightFormat, rows: Range<usize>) -> Result<[Vec<u8>; 3], FormatError> {
+    pub(crate) fn quantise_rows(&self, format: WeightFormat, rows: Range<usize>) -> Result<[Bytes; 3], FormatError> {
         let WeightFormat::Affine { bits, group, scales: ty } = self.quantised_layout(format)?.format else {
             unreachable!("quantised layouts are affine");
         };
         let [data_row, scale_row, bias_row] = row_bytes(&PackedLayout::new(rows.len(), self.cols(), format));
         let mut values = vec![0.0; rows.len() * self.cols()];
         self.widen_rows(rows.start, &mut values)?;
-        let mut out = [data_row, scale_row, bias_row].map(|row| vec![0; rows.len() * row]);
+        let mut out = [data_row, scale_row, bias_row].map(|row| Bytes::from(vec![0; rows.len() * row]));
         let [data, scales, biases] = &mut out;
         let params = scales.chunks_exact_mut(scale_row).zip(biases.chunks_exact_mut(bias_row));
         for (i, ((values, data), (scales, biases))) in values.chunks_exact(self.cols()).zip(data.chunks_exact_mut(data_row)).zip(params).enumerate() {
@@ -459,6 +482,15 @@ fn nth(bytes: &[u8], rows: usize, r: usize) -> &[u8] {
     &bytes[r * row..(r + 1) * row]
 }
 
+/// Tiles of rows that were read, tile `t` at `t·stride`.
+fn pack_rows(layout: &PackedLayout, read: &[Bytes; 3], tiles: usize, dst: &mut [u8], stride: usize) {
+    let row = row_bytes(layout);
+    for t in 0..tiles {
+        let rows = [0, 1, 2].map(|i| nth_chunk(&read[i], row[i] * TILE_ROWS, t));
+        pack_tile(layout, rows, &mut dst[t * stride..][..layout.tile_bytes()]);
+    }
+}
+
 /// Chunk `i` of `size` bytes; the last may be shorter.
 fn nth_chunk(bytes: &[u8], size: usize, i: usize) -> &[u8] {
     &bytes[i * size..((i + 1) * size).min(bytes.len())]
@@ -482,6 +514,38 @@ pub fn pack_gate_up(gate: &Matrix, up: &Matrix) -> Result<AlignedBytes, FormatEr
         up.pack_tiles(up.as_is(), i * step, tiles, &mut dst[tile..], 2 * tile)
     })?;
     Ok(data)
+}
+
+/// Writes the tiles of a gate|up pair in turns on the calling thread, and returns the bytes that it read: rows of the two that lie among
+/// one another are read once.
+///
+/// # Errors
+/// As [`Matrix::pack_into`].
+pub fn pack_gate_up_into(gate: &Matrix, up: &Matrix, dst: &mut [u8]) -> Result<u64, FormatError> {
+    let tile = gate.layout.tile_bytes();
+    let among = gate.step > 1 && gate.step == up.step && gate.first.abs_diff(up.first) < gate.step;
+    if !among || !Arc::ptr_eq(&gate.source, &up.source) || gate.layout != up.layout || gate.transposed.is_some() || gate.layout.rows == 0 {
+        gate.pack_into(dst, 2 * tile)?;
+        up.pack_into(dst.get_mut(tile..).unwrap_or_default(), 2 * tile)?;
+        return Ok(gate.bytes() + up.bytes());
+    }
+    let needed = GateUpLayout { half: gate.layout }.bytes();
+    if dst.len() < needed {
+        return Err(FormatError::Buffer { tensor: gate.name().to_owned(), expected: needed, got: dst.len() });
+    }
+    let (step, rows) = (gate.step, gate.layout.rows);
+    let span = |rows: &Range<usize>| gate.first.min(up.first) + rows.start * step..gate.first.max(up.first) + (rows.end - 1) * step + 1;
+    for first in (0..rows).step_by(gate.rows_per_read()) {
+        let part = first..rows.min(first + gate.rows_per_read());
+        let read = gate.read_span(span(&part))?;
+        let to = &mut dst[first / TILE_ROWS * 2 * tile..];
+        for (matrix, at) in [(gate, 0), (up, tile)] {
+            let picked = matrix.picked(part.clone(), &read, span(&part))?;
+            pack_rows(&matrix.layout, &picked, part.len().div_ceil(TILE_ROWS), &mut to[at..], 2 * tile);
+        }
+    }
+    let all = span(&(0..rows));
+    Ok(gate.source.planes.iter().flatten().map(|plane| plane.range(gate.source.rows, &all).1 as u64).sum())
 }
 
 /// Packs values in memory as F32: routers and other small weights that were dequantised.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use crate::bytes::Bytes;
 use crate::checkpoint::{Checkpoint, ElementType, PlainType, TensorInfo};
 use crate::error::FormatError;
 use crate::format::{BlockFormat, ScaleType, WeightFormat};
@@ -44,14 +45,14 @@ pub(crate) enum Global {
 
 impl Stored {
     /// Rows as tiles are packed of them; `number` gives those of rows in their matrix.
-    pub(crate) fn rows(self, layout: &PackedLayout, number: impl Fn(usize) -> usize, [data, scales, biases]: [Vec<u8>; 3]) -> [Vec<u8>; 3] {
+    pub(crate) fn rows(self, layout: &PackedLayout, number: impl Fn(usize) -> usize, [data, scales, biases]: [Bytes; 3]) -> [Bytes; 3] {
         match self {
             Self::Rows => [data, scales, biases],
-            Self::Mxfp4 => [mxfp4::join(&data, &scales), Vec::new(), Vec::new()],
+            Self::Mxfp4 => [mxfp4::join(&data, &scales).into(), Bytes::default(), Bytes::default()],
             Self::Fp8 { columns, width } => {
                 let row = layout.cols.div_ceil(columns) * width;
                 let scales = fp8::spread(&scales, row, width, width == 1, [layout.cols, columns, layout.block_columns()]);
-                [data, scales, Vec::new()]
+                [data, scales.into(), Bytes::default()]
             }
             Self::Integers { bits, columns, scales: ty, zeros } => {
                 let (cols, group) = (layout.cols, layout.block_columns());
@@ -71,7 +72,7 @@ impl Stored {
                         affine::push(ty, -(zero as f32 * scale), &mut to_biases);
                     }
                 }
-                [data, to_scales, to_biases]
+                [data, to_scales.into(), to_biases.into()]
             }
             Self::Nvfp4(global) => {
                 let rows = data.len() * 2 / layout.cols;
@@ -82,7 +83,8 @@ impl Stored {
                     Global::Divisor => 1.0 / stored(row),
                     Global::Largest => stored(row) / (448.0 * 6.0),
                 };
-                [nvfp4::join(&data, &scales), (0..rows).flat_map(|row| f32::to_le_bytes(factor(row))).collect(), Vec::new()]
+                let factors: Vec<u8> = (0..rows).flat_map(|row| f32::to_le_bytes(factor(row))).collect();
+                [nvfp4::join(&data, &scales).into(), factors.into(), Bytes::default()]
             }
         }
     }
@@ -210,6 +212,7 @@ impl Checkpoint {
             first: 0,
             step: 1,
             transposed: None,
+            past_cache: false,
         }
     }
 

@@ -7,10 +7,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mach_experts::{DirectFile, ReadMode};
-use mach_format::{Sidecar, fingerprint, forget_pages};
+use mach_format::{DirectFile, READ_ALIGN, ReadMode, Sidecar, fingerprint, forget_pages};
 
-use crate::rates::{READ_ALIGN, read_rate};
+use crate::rates::read_rate;
 use crate::{Error, Prepared};
 
 /// Reads under way that are tried.
@@ -67,7 +66,7 @@ impl Drive {
         };
         let open = |(path, start, records): (PathBuf, u64, usize)| -> Result<Extent, Error> {
             let buffered = File::open(&path).map_err(Error::io(format!("open {}", path.display())))?;
-            let direct = DirectFile::open(&path).map_err(mach_models::ModelError::from)?;
+            let direct = DirectFile::open(&path)?;
             Ok(Extent { direct, buffered, start, records })
         };
         let extents = files.into_iter().filter(|f| f.2 > 0).map(open).collect::<Result<Vec<_>, _>>()?;

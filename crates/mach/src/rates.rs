@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use mach_backend::Part;
 use mach_experts::{Key, RecordSource};
-use mach_format::AlignedBytes;
+use mach_format::{AlignedBytes, READ_ALIGN};
 
 /// Streams that one thread reads at a time: one alone waits for the prefetcher of the processor.
 const STREAMS: usize = 4;
@@ -112,9 +112,6 @@ pub(crate) fn disk_rate(source: &dyn RecordSource, depth: usize, time: Duration)
         source.read(key, Part::Both, [first, second]).ok()
     })
 }
-
-/// Alignment of memory and of offsets and sizes for reads past the page cache.
-pub(crate) const READ_ALIGN: usize = 4096;
 
 /// Bytes per second that `depth` threads read together. `read` makes one read into its thread's `bytes` of memory, and gives
 /// the bytes; `None` when one fails.

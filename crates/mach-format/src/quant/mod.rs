@@ -111,6 +111,14 @@ fn put_word(out: &mut [u8], line: usize, row: usize, word: u32) {
     out[(line * TILE_ROWS + row) * 4..][..4].copy_from_slice(&word.to_le_bytes());
 }
 
+/// Puts a word of `row` into each line of a packed block. They are all there before the first is put, so that they are computed
+/// in vectors: stores far apart would come between.
+fn put_words<const LINES: usize>(out: &mut [u8], row: usize, words: &[u32; LINES]) {
+    for (line, word) in out.as_chunks_mut::<{ TILE_ROWS * 4 }>().0.iter_mut().zip(words) {
+        line.as_chunks_mut::<4>().0[row] = word.to_le_bytes();
+    }
+}
+
 /// Eight codes below 16 → byte `j` with code `j` low and `j + 4` high. Codes are the bytes of `codes`, lowest first.
 fn nibble_word(codes: u64) -> u32 {
     codes as u32 | ((codes >> 32) as u32) << 4

@@ -1,7 +1,7 @@
 //! Q4_K: 256 values in 8 groups of 32. Halves `d` and `dmin`, twelve bytes with eight 6-bit scales and minima, 128
 //! bytes of nibbles (32 bytes hold group `2i` low and `2i + 1` high); `x = d·scale·q − dmin·min`.
 
-use super::{Codec, half_at, nibble_word, put_word, u64_at};
+use super::{Codec, half_at, nibble_word, put_words};
 use crate::format::BlockFormat;
 use crate::packed::TILE_ROWS;
 
@@ -31,11 +31,15 @@ fn dequantise(block: &[u8], out: &mut [f32]) {
 }
 
 fn pack(block: &[u8], out: &mut [u8], row: usize) {
+    let mut words = [0; 32];
+    for (i, bytes) in block[QS..QS + 128].as_chunks().0.iter().enumerate() {
+        // Of two groups.
+        let (both, at) = (u64::from_le_bytes(*bytes), i / 4 * 8 + i % 4);
+        words[at] = nibble_word(both & 0x0f0f_0f0f_0f0f_0f0f);
+        words[at + 4] = nibble_word(both >> 4 & 0x0f0f_0f0f_0f0f_0f0f);
+    }
+    put_words(out, row, &words);
     for j in 0..8 {
-        for eight in 0..4 {
-            let codes = u64_at(block, QS + j / 2 * 32 + eight * 8) >> (j % 2 * 4) & 0x0f0f_0f0f_0f0f_0f0f;
-            put_word(out, j * 4 + eight, row, nibble_word(codes));
-        }
         let (scale, min) = group(block, j);
         out[LINES + j * TILE_ROWS + row] = scale;
         out[LINES + (8 + j) * TILE_ROWS + row] = min;

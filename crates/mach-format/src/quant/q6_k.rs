@@ -1,7 +1,7 @@
 //! Q6_K: 256 values in 16 groups of 16. 128 bytes of low nibbles, 64 of upper bit pairs, 16 signed scales, the half
 //! `d`; `x = d·scale·(q − 32)`.
 
-use super::{Codec, half_at, nibble_word, put_word, u64_at};
+use super::{Codec, half_at, nibble_word, put_words, u64_at};
 use crate::format::BlockFormat;
 use crate::packed::TILE_ROWS;
 
@@ -34,13 +34,15 @@ fn dequantise(block: &[u8], out: &mut [f32]) {
 }
 
 fn pack(block: &[u8], out: &mut [u8], row: usize) {
+    let mut words = [0; 48];
     for g in 0..16 {
         let ((low0, high0), (low1, high1)) = (eight(block, g * 16), eight(block, g * 16 + 8));
-        put_word(out, g * 3, row, nibble_word(low0));
-        put_word(out, g * 3 + 1, row, nibble_word(low1));
+        words[g * 3] = nibble_word(low0);
+        words[g * 3 + 1] = nibble_word(low1);
         let pairs = |high: u64| high as u32 | ((high >> 32) as u32) << 2;
-        put_word(out, g * 3 + 2, row, pairs(high0) | pairs(high1) << 4);
+        words[g * 3 + 2] = pairs(high0) | pairs(high1) << 4;
         out[LINES + g * TILE_ROWS + row] = block[SCALES + g];
     }
+    put_words(out, row, &words);
     out[LINES + 16 * TILE_ROWS + row * 2..][..2].copy_from_slice(&block[D..D + 2]);
 }

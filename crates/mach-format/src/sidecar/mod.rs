@@ -24,7 +24,7 @@ pub const SIDECAR_VERSION: u32 = 1;
 /// Directory of the sidecar inside a checkpoint.
 pub const SIDECAR_DIR: &str = "expert_sidecar";
 /// Alignment of the parts of a record.
-pub const PART_ALIGN: usize = 4096;
+pub const PART_ALIGN: usize = crate::direct::READ_ALIGN;
 
 const MANIFEST: &str = "manifest.json";
 const MAGIC: &[u8; 8] = b"MACHEXP\0";

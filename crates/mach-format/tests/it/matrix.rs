@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use mach_format::{Checkpoint, Matrix, PackedLayout, TILE_ROWS, WeightFormat, pack_f32, pack_gate_up};
+use mach_format::{Checkpoint, Matrix, PackedLayout, RowPick, TILE_ROWS, WeightFormat, pack_f32, pack_gate_up, pack_gate_up_into};
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
@@ -36,6 +36,10 @@ fn check(m: &Matrix, expected: &[f32]) {
     // Packing over old bytes gives the same.
     let mut dirty = vec![0xff; layout.bytes()];
     m.pack_into(&mut dirty, layout.tile_bytes()).unwrap();
+    assert_eq!(dirty, packed.data[..]);
+    // So does reading past the page cache, wherever in the file the rows begin and end.
+    dirty.fill(0xff);
+    m.clone().past_cache().pack_into(&mut dirty, layout.tile_bytes()).unwrap();
     assert_eq!(dirty, packed.data[..]);
 }
 
@@ -196,12 +200,35 @@ fn fused_and_separate_experts_pack_equally() {
         // The same through the reader threads' way.
         let tile = gate.layout().tile_bytes();
         let mut slot = vec![0xee; separate.len()];
-        gate.pack_into(&mut slot, 2 * tile).unwrap();
-        up.pack_into(&mut slot[tile..], 2 * tile).unwrap();
+        pack_gate_up_into(&gate, &up, &mut slot).unwrap();
         assert!(slot == separate[..]);
         assert_eq!(unpack(&gate.layout(), &slot, 2 * tile), rounded("BF16", one(e, 0)));
         assert_eq!(unpack(&up.layout(), &slot[tile..], 2 * tile), rounded("BF16", one(e, 1)));
         assert_eq!(gate.pack_into(&mut slot[..100], 2 * tile).unwrap_err().code(), "wrong-buffer");
+    }
+}
+
+/// Protects gpt-oss's experts, whose gate and up rows alternate: read once, in pieces of more rows than one read takes, they give
+/// the tiles of each half read by itself.
+#[test]
+fn rows_that_alternate_are_read_once() {
+    let (experts, inner, hidden) = (2, 601, 1030);
+    let values: Vec<f32> = (0..experts * 2 * inner * hidden).map(|i| (i % 4099) as f32 / 16.0).collect();
+    let dir = tempdir().unwrap();
+    let ck = open(dir.path(), &json!({}), &[plain("experts.gate_up_proj", "BF16", &[experts, 2 * inner, hidden], &values)]);
+    for stack in [ck.matrix("experts.gate_up_proj").unwrap(), ck.matrix("experts.gate_up_proj").unwrap().past_cache()] {
+        for e in 0..experts {
+            let [gate, up] = [0, 1].map(|first| stack.expert(e).pick(RowPick { first, step: 2, rows: inner }));
+            let separate = pack_gate_up(&gate, &up).unwrap();
+            let mut slot = vec![0xee; separate.len()];
+            let read = pack_gate_up_into(&gate, &up, &mut slot).unwrap();
+            assert!(slot == separate[..]);
+            assert_eq!(read, (2 * inner * hidden * 2) as u64);
+            assert_eq!(pack_gate_up_into(&gate, &up, &mut slot[1..]).unwrap_err().code(), "wrong-buffer");
+            // The other way round they are a pair too.
+            pack_gate_up_into(&up, &gate, &mut slot).unwrap();
+            assert!(slot == pack_gate_up(&up, &gate).unwrap()[..]);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! `mach bench io`: what the drive gives for every way of reading experts.
 
-use mach_experts::ReadMode;
+use mach_format::ReadMode;
 use serde_json::json;
 
 use super::ProbeArgs;

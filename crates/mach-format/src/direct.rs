@@ -4,7 +4,10 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::path::{Path, PathBuf};
 
-use crate::ExpertError;
+use crate::error::FormatError;
+
+/// Boundary of direct reads, in files and in memory.
+pub const READ_ALIGN: usize = 4096;
 
 /// How a file is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +18,7 @@ pub enum ReadMode {
     Buffered,
 }
 
-/// An open file of records.
+/// An open file for reads at 4096-byte boundaries.
 pub struct DirectFile {
     file: File,
     path: PathBuf,
@@ -27,15 +30,14 @@ impl DirectFile {
     /// buffered reads where that fails.
     ///
     /// # Errors
-    /// [`ExpertError::Open`] when the file cannot be opened at all.
-    pub fn open(path: &Path) -> Result<Self, ExpertError> {
-        let open_error = |source| ExpertError::Open { path: path.to_owned(), source };
+    /// When the file cannot be opened at all.
+    pub fn open(path: &Path) -> Result<Self, FormatError> {
         if let Some(file) = open_direct(path) {
             return Ok(Self { file, path: path.to_owned(), mode: ReadMode::Direct });
         }
-        let file = File::open(path).map_err(open_error)?;
+        let file = File::open(path).map_err(FormatError::io("open", path))?;
         #[cfg(target_os = "linux")]
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).map_err(|e| open_error(e.into()))?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).map_err(|e| FormatError::io("open", path)(e.into()))?;
         Ok(Self { file, path: path.to_owned(), mode: ReadMode::Buffered })
     }
 
@@ -70,6 +72,26 @@ impl DirectFile {
         }
         Ok(())
     }
+
+    /// Reads at least `needed` bytes from the boundary `offset` on into `buffer`, which begins at a boundary in memory and is as long as
+    /// the whole blocks that hold them: the last block of a file may be short.
+    ///
+    /// # Errors
+    /// As [`DirectFile::read_exact_at`].
+    pub fn read_blocks_at(&self, offset: u64, needed: usize, buffer: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < needed {
+            match rustix::io::pread(&self.file, &mut buffer[done..], offset + done as u64) {
+                Ok(n) if done + n >= needed => return Ok(()),
+                // What is left of a block is read again with it.
+                Ok(n) if n >= READ_ALIGN => done += n / READ_ALIGN * READ_ALIGN,
+                Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(target_os = "linux")]
@@ -78,13 +100,13 @@ fn open_direct(path: &Path) -> Option<File> {
     let statx = rustix::fs::statx(rustix::fs::CWD, path, AtFlags::empty(), StatxFlags::DIOALIGN).ok()?;
     let said = statx.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
     // A zero alignment says that direct reads are not supported; file systems that say nothing are probed below.
-    if said && (statx.stx_dio_mem_align == 0 || statx.stx_dio_mem_align > 4096 || statx.stx_dio_offset_align > 4096) {
+    if said && (statx.stx_dio_mem_align == 0 || statx.stx_dio_mem_align.max(statx.stx_dio_offset_align) as usize > READ_ALIGN) {
         return None;
     }
     let file = File::from(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()).ok()?);
-    let mut probe = vec![0u8; 8192];
-    let start = probe.as_ptr().align_offset(4096);
-    rustix::io::pread(&file, &mut probe[start..start + 4096], 0).ok()?;
+    let mut probe = vec![0u8; 2 * READ_ALIGN];
+    let start = probe.as_ptr().align_offset(READ_ALIGN);
+    rustix::io::pread(&file, &mut probe[start..start + READ_ALIGN], 0).ok()?;
     Some(file)
 }
 
