@@ -1,11 +1,11 @@
-//! AMX int8: a block of a packed tile is a B tile (16 rows of K groups × 16 output rows × 4 bytes) once nibbles are
-//! unpacked, activation rows are the A tile, and `tdpbsud` gives 16 × 16 exact sums. Few rows go by VNNI.
+//! AMX int8: a block of a packed tile is a B tile (16 rows of K groups × 16 output rows × 4 bytes) once its numbers are
+//! taken apart, activation rows are the A tile as they lie, and `tdpbsud` gives 16 × 16 exact sums. One or two rows go by VNNI.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use super::avx512::{Avx512, six_bits};
+use super::avx512::Avx512;
 use super::simd::{Kernel, LANES};
 use super::vnni::Vnni;
 
@@ -35,7 +35,7 @@ fn request_tile_data() -> bool {
     false
 }
 
-/// `ldtilecfg`'s operand: palette 1; tile 0 = sums, 1 = activations, 2 = weights.
+/// `ldtilecfg`'s operand: palette 1, then bytes of a row and rows of every tile.
 #[repr(C, align(64))]
 struct TileConfig {
     palette: u8,
@@ -45,21 +45,20 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-const fn config(block: u8) -> TileConfig {
-    let mut c = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    (c.rows[0], c.row_bytes[0]) = (16, 64);
-    (c.rows[1], c.row_bytes[1]) = (16, block as u16);
-    (c.rows[2], c.row_bytes[2]) = (block / 4, 64);
-    c
+impl TileConfig {
+    /// Tile 0 takes the sums of `rows` activation rows, tile 1 `block` bytes of each, tile 2 as many columns of 16 rows of weights.
+    const fn product(rows: u8, block: u8) -> Self {
+        let mut c = Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        (c.rows[0], c.row_bytes[0]) = (rows, 64);
+        (c.rows[1], c.row_bytes[1]) = (rows, block as u16);
+        (c.rows[2], c.row_bytes[2]) = (block / 4, 64);
+        c
+    }
 }
-
-static CONFIG: [TileConfig; 3] = [config(16), config(32), config(64)];
-
-#[repr(C, align(64))]
-struct Lines([[u8; 64]; 16]);
 
 impl Kernel for Amx {
     type V = Avx512;
+    const UNPACKS: bool = true;
     const WIDE: bool = true;
 
     #[inline(always)]
@@ -73,8 +72,9 @@ impl Kernel for Amx {
     }
 
     #[inline(always)]
-    unsafe fn begin<const BLK: usize>() {
-        asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG[BLK / 32], options(nostack, readonly, preserves_flags));
+    unsafe fn begin<const BLK: usize>(rows: usize) {
+        let config = TileConfig::product(rows as u8, BLK as u8);
+        asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags));
     }
 
     /// The tile registers must be clean before a thread sleeps, or every switch saves 8 KiB.
@@ -83,42 +83,21 @@ impl Kernel for Amx {
         asm!("tilerelease", options(nostack, nomem, preserves_flags));
     }
 
+    /// `tileloadd` waits for stores that are fresh, so weights are taken apart a panel ahead.
     #[inline(always)]
-    unsafe fn dot_wide<const BITS: u8, const BLK: usize>(w: *const u8, x: &[*const i8], out: &mut [[i32; LANES]; LANES]) {
-        let mut rows = Lines([[0; 64]; 16]);
-        for (row, &x) in rows.0.iter_mut().zip(x) {
-            std::ptr::copy_nonoverlapping(x.cast::<u8>(), row.as_mut_ptr(), BLK);
-        }
-        let mut unpacked = Lines([[0; 64]; 16]);
-        let weights = if const { BITS == 4 } {
-            let nibble = _mm512_set1_epi8(15);
-            for line in 0..BLK / 8 {
-                let bytes = _mm512_loadu_si512(w.add(line * 64).cast());
-                _mm512_store_si512(unpacked.0[line * 2].as_mut_ptr().cast(), _mm512_and_si512(bytes, nibble));
-                _mm512_store_si512(unpacked.0[line * 2 + 1].as_mut_ptr().cast(), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble));
-            }
-            unpacked.0.as_ptr().cast()
-        } else if const { BITS == 6 } {
-            for sixteen in 0..BLK / 16 {
-                let codes = six_bits(w.add(sixteen * 192));
-                for four in 0..4 {
-                    _mm512_store_si512(unpacked.0[sixteen * 4 + four].as_mut_ptr().cast(), codes[four]);
-                }
-            }
-            unpacked.0.as_ptr().cast()
-        } else {
-            w
-        };
+    unsafe fn dot_wide(w: *const u8, x: *const i8, stride: usize, out: *mut [i32; LANES]) {
         asm!(
             "tilezero tmm0",
             "tileloadd tmm1, [{x} + {stride}]",
-            "tileloadd tmm2, [{w} + {stride}]",
+            "tileloadd tmm2, [{w} + {line}]",
             "tdpbsud tmm0, tmm1, tmm2",
-            "tilestored [{out} + {stride}], tmm0",
-            x = in(reg) rows.0.as_ptr(),
-            w = in(reg) weights,
-            out = in(reg) out.as_mut_ptr(),
-            stride = in(reg) 64_usize,
+            "tilestored [{out} + {line}], tmm0",
+            x = in(reg) x,
+            stride = in(reg) stride,
+            w = in(reg) w,
+            out = in(reg) out,
+            line = in(reg) 64_usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _,
             options(nostack, preserves_flags),
         );
     }

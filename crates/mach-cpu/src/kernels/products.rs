@@ -68,11 +68,15 @@ impl QuantRows {
     pub fn blocks(&self) -> usize {
         self.cols / self.block
     }
-    /// Plane `plane` of block `j` of a row, and its sum.
+    /// Plane `plane` of block `j` of a row.
     #[inline(always)]
-    unsafe fn plane(&self, row: usize, plane: usize, j: usize) -> (*const i8, i32) {
-        let at = row * self.planes + plane;
-        (self.q.add(at * self.cols + j * self.block), *self.sum.add(at * self.blocks() + j))
+    unsafe fn plane(&self, row: usize, plane: usize, j: usize) -> *const i8 {
+        self.q.add((row * self.planes + plane) * self.cols + j * self.block)
+    }
+    /// The sum of that plane.
+    #[inline(always)]
+    unsafe fn plane_sum(&self, row: usize, plane: usize, j: usize) -> i32 {
+        *self.sum.add((row * self.planes + plane) * self.blocks() + j)
     }
     /// Words of one row's mask.
     pub fn words(&self) -> usize {
@@ -225,15 +229,13 @@ unsafe fn quant_planes<K: Kernel, const PLANES: usize>(tile: &Tile<'_>, acts: &Q
 unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(tile: &Tile<'_>, acts: &QuantRows, rows: &[u32], out: *mut f32) {
     let blocks = acts.cols / BLK;
     let wide = K::WIDE && rows.len() > 2;
-    if wide {
-        K::begin::<BLK>();
-    }
+    let mut planes_set_up = 0;
     // Integers of 16 bits times bytes take half the instructions of two planes times nibbles; with planes, nibbles are taken
     // apart as fast as bytes are loaded.
     let many = BITS == 6 && rows.len() >= UNPACK_FROM[0] || BITS == 4 && K::V::I16 && PLANES == 2 && rows.len() >= UNPACK_FROM[1];
-    let unpack = BITS == APART || K::UNPACKS && !wide && many;
+    let unpack = BITS == APART || wide && BITS != 8 || K::UNPACKS && many;
     let mut unpacked = Unpacked { codes: [MaybeUninit::uninit(); _], scales: [MaybeUninit::uninit(); _] };
-    let columns = if unpack { UNPACKED_PANEL } else { PANEL };
+    let columns = if unpack || wide { UNPACKED_PANEL } else { PANEL };
     for first in (0..blocks).step_by(columns / BLK) {
         let panel = first..blocks.min(first + columns / BLK);
         if unpack {
@@ -246,10 +248,15 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
             let (format, panel) = (tile.format, panel.clone());
             // Conditions in `const` leave no code behind where they do not hold.
             if const { K::WIDE } && wide {
+                let planes = PLANES * rest.len().min(LANES / PLANES);
+                if planes != planes_set_up {
+                    K::begin::<BLK>(planes);
+                    planes_set_up = planes;
+                }
                 i += quant_wide::<K, PLANES, BITS, BLK>(format, &unpacked, acts, rest, panel, to);
                 continue;
             }
-            if const { BITS == APART || K::UNPACKS && BITS != 8 } && unpack {
+            if const { BITS == APART || K::UNPACKS && (BITS == 6 || BITS == 4 && K::V::I16) } && unpack {
                 i += if const { K::V::I16 && PLANES == 2 } {
                     next_rows::<K, 1, BITS, BLK, true, true>(format, &unpacked, acts, rest, panel, to)
                 } else {
@@ -308,6 +315,7 @@ unsafe fn next_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: u
     match rows.len() * PLANES {
         1 => quant_rows::<K, PLANES, BITS, BLK, 1, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
         2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
+        8.. if const { K::TOGETHER == 8 } => quant_rows::<K, PLANES, BITS, BLK, 8, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
         _ => quant_rows::<K, PLANES, BITS, BLK, 4, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
     }
 }
@@ -333,7 +341,8 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
     for j in panel {
         let (mut x, mut sums) = ([acts.q; P], [0; P]);
         for p in 0..P {
-            (x[p], sums[p]) = acts.plane(rows[p / PLANES] as usize, p % PLANES, j);
+            let row = rows[p / PLANES] as usize;
+            (x[p], sums[p]) = (acts.plane(row, p % PLANES, j), acts.plane_sum(row, p % PLANES, j));
         }
         let (codes, scale, bias);
         if UNPACKED {
@@ -415,7 +424,7 @@ unsafe fn rows_apart<K: Kernel, const PLANES: usize, const KIND: u8, const BLK: 
             let j = column / BLK + part;
             let mut x = [acts.q; P];
             for p in 0..P {
-                x[p] = acts.plane(rows[p / PLANES] as usize, p % PLANES, j).0;
+                x[p] = acts.plane(rows[p / PLANES] as usize, p % PLANES, j);
             }
             let isum = dot_lines::<K, KIND, BLK, P>(unit, part * BLK / 4, x);
             let (scale, bias) = format.scales::<K::V>(j * BLK);
@@ -438,7 +447,14 @@ unsafe fn add_block<V: Simd>(acts: &QuantRows, at: usize, isum: V::I, scale: V::
     V::fma(bias, xb, V::fma(scale, V::mul(xs, V::to_f(isum)), acc))
 }
 
-/// The same arithmetic, integers from the matrix unit: 16 planes at a time.
+/// Sums of two blocks by plane, and the planes of rows that do not lie beside each other.
+#[repr(align(64))]
+struct Wide {
+    sums: [[[i32; LANES]; LANES]; 2],
+    gathered: [[i8; UNPACKED_PANEL]; LANES],
+}
+
+/// The same arithmetic, integers from the matrix unit: 16 planes at a time, a block ahead of the one whose sums are scaled.
 #[inline(always)]
 unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(
     format: Blocks,
@@ -448,40 +464,61 @@ unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
     panel: std::ops::Range<usize>,
     out: *mut f32,
 ) -> usize {
-    let n = rows.len().min(LANES / PLANES);
-    let blocks = acts.cols / BLK;
-    let mut isum = [[0; LANES]; LANES];
-    let mut x = [acts.q; LANES];
+    let (n, blocks, first) = (rows.len().min(LANES / PLANES), acts.cols / BLK, panel.start);
+    let mut memory = MaybeUninit::<Wide>::uninit();
+    let (sums, gathered) = (&raw mut (*memory.as_mut_ptr()).sums, &raw mut (*memory.as_mut_ptr()).gathered);
+    let sums = sums.cast::<[i32; LANES]>();
+    let (mut x, mut stride) = (acts.plane(rows[0] as usize, 0, first), acts.cols);
+    if rows[..n].windows(2).any(|pair| pair[1] != pair[0] + 1) {
+        (x, stride) = (gathered.cast(), UNPACKED_PANEL);
+        for p in 0..PLANES * n {
+            let from = acts.plane(rows[p / PLANES] as usize, p % PLANES, first);
+            std::ptr::copy_nonoverlapping(from, x.add(p * stride).cast_mut(), panel.len() * BLK);
+        }
+    }
     let mut acc = [K::V::splat(0.0); LANES];
-    if panel.start > 0 {
+    if first > 0 {
         for r in 0..n {
             acc[r] = K::V::load(out.add(r * LANES));
         }
     }
-    let first = panel.start;
-    for j in panel {
-        for p in 0..PLANES * n {
-            x[p] = acts.plane(rows[p / PLANES] as usize, p % PLANES, j).0;
+    K::dot_wide(wide_codes::<K, BITS, BLK>(format, unpacked, first, first), x, stride, sums);
+    for j in panel.clone() {
+        let sums = [sums.add((j - first) % 2 * LANES), sums.add((j + 1 - first) % 2 * LANES)];
+        if j + 1 < panel.end {
+            K::dot_wide(wide_codes::<K, BITS, BLK>(format, unpacked, first, j + 1), x.add((j + 1 - first) * BLK), stride, sums[1]);
         }
-        let (codes, scale, bias);
-        if const { BITS == APART } {
-            (codes, scale, bias) = unpacked.block::<K::V, BLK>(j - first);
-            K::dot_wide::<8, BLK>(codes, &x[..PLANES * n], &mut isum);
+        let (scale, bias) = if const { BITS == 8 } {
+            format.scales::<K::V>(j * BLK)
         } else {
-            K::dot_wide::<BITS, BLK>(lines_of::<BITS, BLK>(format, j), &x[..PLANES * n], &mut isum);
-            (scale, bias) = format.scales::<K::V>(j * BLK);
-        }
-        for r in 0..n {
-            let at = rows[r] as usize * blocks + j;
-            let sum = |plane: usize| K::V::load_i(isum[r * PLANES + plane].as_ptr());
-            let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(sum(0)), sum(1)) } else { sum(0) };
-            acc[r] = add_block::<K::V>(acts, at, isum, scale, bias, acc[r]);
+            let (_, scale, bias) = unpacked.block::<K::V, BLK>(j - first);
+            (scale, bias)
+        };
+        for r in 0..LANES / PLANES {
+            if r < n {
+                let high = K::V::load_i(sums[0].add(r * PLANES).cast());
+                let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(high), K::V::load_i(sums[0].add(r * PLANES + 1).cast())) } else { high };
+                acc[r] = add_block::<K::V>(acts, rows[r] as usize * blocks + j, isum, scale, bias, acc[r]);
+            }
         }
     }
     for r in 0..n {
         K::V::store(out.add(r * LANES), acc[r]);
     }
     n
+}
+
+/// Block `j` as bytes: of the panel from `first` on that was taken apart, or as it is stored.
+#[inline(always)]
+unsafe fn wide_codes<K: Kernel, const BITS: u8, const BLK: usize>(format: Blocks, unpacked: &Unpacked, first: usize, j: usize) -> *const u8 {
+    if const { BITS != 8 } {
+        return unpacked.codes.as_ptr().cast::<u8>().add((j - first) * BLK * LANES);
+    }
+    let codes = lines_of::<8, BLK>(format, j);
+    for line in 0..BLK / 4 {
+        K::V::prefetch(codes.wrapping_add(PREFETCH + line * 64));
+    }
+    codes
 }
 
 /// Adds the columns that were left out of the blocks, in f32.

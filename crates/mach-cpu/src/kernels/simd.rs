@@ -157,23 +157,28 @@ pub(crate) trait Kernel: 'static {
     /// Whether numbers of 4 and 6 bits are taken apart where many rows share them.
     const UNPACKS: bool = false;
 
-    /// Exact products of up to 16 activation rows at once, where the set has a matrix unit: `out[r][row]`.
-    /// Returns false where it has none.
-    ///
-    /// # Safety
-    /// As [`Kernel::dot`]; `out` has 16 rows of 16.
-    #[inline(always)]
-    unsafe fn dot_wide<const BITS: u8, const BLK: usize>(_w: *const u8, _x: &[*const i8], _out: &mut [[i32; LANES]; LANES]) {}
-    /// Whether [`Kernel::dot_wide`] works.
+    /// Activation rows that [`Kernel::dot`] takes at most: fewer leave multipliers idle, more do not fit into registers.
+    const TOGETHER: usize = 4;
+
+    /// Whether the set has a matrix unit, for which the functions below are.
     const WIDE: bool = false;
 
-    /// Comes before [`Kernel::dot_wide`] on this thread.
+    /// Sets the unit of this thread up for `rows` activation rows, at most 16, and blocks of `BLK` columns.
     ///
     /// # Safety
     /// Needs the instruction set.
     #[inline(always)]
-    unsafe fn begin<const BLK: usize>() {}
-    /// Comes after it.
+    unsafe fn begin<const BLK: usize>(_rows: usize) {}
+
+    /// Exact products of a block of byte weights and of activation rows that lie `stride` bytes apart, as many as the unit is
+    /// set up for, to `out[r][row]`.
+    ///
+    /// # Safety
+    /// [`Kernel::begin`] came before. `w` is valid for the lines of the block, every row for its columns, `out` for 16 values a row.
+    #[inline(always)]
+    unsafe fn dot_wide(_w: *const u8, _x: *const i8, _stride: usize, _out: *mut [i32; LANES]) {}
+
+    /// Comes after the last product.
     ///
     /// # Safety
     /// Needs the instruction set.

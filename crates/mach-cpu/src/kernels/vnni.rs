@@ -9,6 +9,9 @@ pub(crate) struct Vnni;
 
 impl Kernel for Vnni {
     type V = Avx512;
+    const UNPACKS: bool = true;
+    /// Two chains of additions each: 16 cover their latency.
+    const TOGETHER: usize = 8;
 
     #[inline(always)]
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], _: [i32; R]) -> [__m512i; R] {
