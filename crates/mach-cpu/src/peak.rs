@@ -4,6 +4,8 @@ use std::arch::asm;
 use std::time::{Duration, Instant};
 
 use crate::KernelSet;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::TileConfig;
 
 /// One round: long against reading the clock, short against the time slices of a busy system.
 const ROUND: Duration = Duration::from_millis(2);
@@ -70,6 +72,8 @@ fn bare(set: KernelSet) -> Option<Loop> {
         KernelSet::Avx512 => Some((avx512, 16 * 64)),
         #[cfg(target_arch = "x86_64")]
         KernelSet::Vnni => Some((vnni, 12 * 64)),
+        #[cfg(target_arch = "x86_64")]
+        KernelSet::Amx => Some((amx, 4 * 16 * 16 * 64)),
         #[cfg(target_arch = "aarch64")]
         KernelSet::NeonDot => Some((sdot, 12 * 16)),
         #[cfg(target_arch = "aarch64")]
@@ -191,6 +195,29 @@ twelve!(
     ", zmm0, zmm1",
     ["zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21"]
 );
+/// Two tiles of activations times two of weights.
+#[cfg(target_arch = "x86_64")]
+unsafe fn amx(passes: u64) {
+    let config = TileConfig::full();
+    // SAFETY: the configuration is read, and arithmetic is on tiles, which nothing else uses.
+    unsafe {
+        asm!(
+            "ldtilecfg [{config}]",
+            "2:",
+            "tdpbsud tmm0, tmm4, tmm6",
+            "tdpbsud tmm1, tmm4, tmm7",
+            "tdpbsud tmm2, tmm5, tmm6",
+            "tdpbsud tmm3, tmm5, tmm7",
+            "dec {n}",
+            "jnz 2b",
+            "tilerelease",
+            config = in(reg) &raw const config,
+            n = inout(reg) passes => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, readonly),
+        );
+    }
+}
 /// AVX2 has no registers 16 and up.
 #[cfg(target_arch = "x86_64")]
 macro_rules! fma {

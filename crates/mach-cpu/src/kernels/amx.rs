@@ -37,7 +37,7 @@ fn request_tile_data() -> bool {
 
 /// `ldtilecfg`'s operand: palette 1, then bytes of a row and rows of every tile.
 #[repr(C, align(64))]
-struct TileConfig {
+pub(crate) struct TileConfig {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -52,6 +52,17 @@ impl TileConfig {
         (c.rows[0], c.row_bytes[0]) = (rows, 64);
         (c.rows[1], c.row_bytes[1]) = (rows, block as u16);
         (c.rows[2], c.row_bytes[2]) = (block / 4, 64);
+        c
+    }
+
+    /// All eight tiles as large as they can be.
+    pub(crate) const fn full() -> Self {
+        let mut c = Self::product(16, 64);
+        let mut tile = 3;
+        while tile < 8 {
+            (c.rows[tile], c.row_bytes[tile]) = (16, 64);
+            tile += 1;
+        }
         c
     }
 }

@@ -37,6 +37,8 @@ mod vnni;
 use mach_backend::Activation;
 use mach_format::PackedLayout;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amx::TileConfig;
 pub(crate) use attention::{MAX_HEADS, PARTIAL_HEADER, SegmentArgs};
 pub(crate) use latent::MAX_STREAMS;
 pub(crate) use plain::PlainRows;
