@@ -5,6 +5,7 @@
 //! virtual lanes, one tree, our own `exp`), integer sums are exact, and threads never share a reduction.
 #![allow(unsafe_code)] // Kernels, bank memory and the pool; every block says why it is sound.
 
+mod choice;
 mod entries;
 mod kernels;
 mod kv;
@@ -105,7 +106,7 @@ pub enum ActivationBits {
 pub struct CpuOptions {
     /// Compute threads, the caller included; all that the system grants when `None`.
     pub threads: Option<usize>,
-    /// Kernel set; when `None`, `MACH_KERNELS`, else the best proven one.
+    /// Kernel set; when `None`, `MACH_KERNELS`, else [`KernelSet::automatic`].
     pub kernels: Option<KernelSet>,
     /// Precision of activations.
     pub activation_bits: ActivationBits,

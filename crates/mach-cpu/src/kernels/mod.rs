@@ -96,13 +96,6 @@ impl KernelSet {
         Self::ALL.into_iter().filter(|set| set.table().is_some()).collect()
     }
 
-    /// The set to use when none is asked for: the best one that has been run on real hardware (or an emulator, on ARM).
-    /// AVX-512, VNNI and AMX have not been, so they must be asked for.
-    pub fn automatic() -> Self {
-        let proven = [Self::NeonI8mm, Self::NeonDot, Self::Neon, Self::Avx2];
-        proven.into_iter().find(|set| set.table().is_some()).unwrap_or(Self::Scalar)
-    }
-
     /// The kernels, if this processor has what they need.
     pub(crate) fn table(self) -> Option<&'static Kernels> {
         match self {
