@@ -109,18 +109,24 @@ impl TextModel {
     /// # Errors
     /// [`TextError::NoTemplate`] and those of [`ChatTemplate::render`].
     pub fn render(&self, input: ChatInput<'_>) -> Result<String, TextError> {
-        match &self.template {
-            Ok(template) => {
-                let fitted = match (template.reply_format(), input.messages) {
-                    (ReplyFormat::Harmony, Value::Array(messages)) => Some(Value::Array(one_call_each(messages))),
-                    _ => None,
-                };
-                template.render(fitted.as_ref().unwrap_or(input.messages), input.tools, input.kwargs, input.add_generation_prompt)
-            }
-            Err(TextError::TemplateSyntax(message)) => Err(TextError::TemplateSyntax(message.clone())),
-            Err(TextError::NoTemplate(dir)) => Err(TextError::NoTemplate(dir.clone())),
-            Err(e) => Err(TextError::Invalid { path: self.dir.join("chat_template.jinja"), reason: e.to_string() }),
-        }
+        let template = self.template()?;
+        let fitted = match (template.reply_format(), input.messages) {
+            (ReplyFormat::Harmony, Value::Array(messages)) => Some(Value::Array(one_call_each(messages))),
+            _ => None,
+        };
+        template.render(fitted.as_ref().unwrap_or(input.messages), input.tools, input.kwargs, input.add_generation_prompt)
+    }
+
+    /// The conversations' template.
+    ///
+    /// # Errors
+    /// [`TextError::NoTemplate`], or why it cannot be used.
+    pub fn template(&self) -> Result<&ChatTemplate, TextError> {
+        self.template.as_ref().map_err(|e| match e {
+            TextError::TemplateSyntax(message) => TextError::TemplateSyntax(message.clone()),
+            TextError::NoTemplate(dir) => TextError::NoTemplate(dir.clone()),
+            e => TextError::Invalid { path: self.dir.join("chat_template.jinja"), reason: e.to_string() },
+        })
     }
 
     /// Renders and tokenises a conversation.

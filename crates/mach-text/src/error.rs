@@ -44,6 +44,18 @@ pub enum TextError {
     /// The template failed while rendering.
     #[error("the chat template failed: {0}")]
     TemplateFailed(String),
+    /// Thinking was asked for or against, and the template does the same either way.
+    #[error("the chat template cannot turn thinking on or off: {}", if *.effort { "it takes a reasoning effort (low, medium or high) instead" } else { "the model does as it was trained" })]
+    NoThinkingSwitch {
+        /// Whether the template has degrees of thinking instead.
+        effort: bool,
+    },
+    /// A degree of thinking was asked for, and the template has none.
+    #[error("the chat template takes no reasoning effort{}", if *.switch { "; thinking can only be turned on or off" } else { "" })]
+    NoReasoningEffort {
+        /// Whether the template can turn thinking on and off.
+        switch: bool,
+    },
     /// Messages or tools are not of the shape that templates take.
     #[error("{0}")]
     BadMessages(String),
@@ -61,6 +73,8 @@ impl TextError {
             Self::TemplateSyntax(_) => "template-syntax",
             Self::TemplateRaised(_) => "template-raised",
             Self::TemplateFailed(_) => "template-failed",
+            Self::NoThinkingSwitch { .. } => "no-thinking-switch",
+            Self::NoReasoningEffort { .. } => "no-reasoning-effort",
             Self::BadMessages(_) => "bad-messages",
         }
     }

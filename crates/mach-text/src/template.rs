@@ -14,6 +14,9 @@ use crate::tokenizer::{Tokenizer, read_json};
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
+/// Variables by which templates are told how much the model is to think.
+const SWITCH: &str = "enable_thinking";
+const EFFORT: &str = "reasoning_effort";
 
 /// How a checkpoint's conversations become text: a compiled template, or an encoder in code where there is none.
 pub struct ChatTemplate {
@@ -154,6 +157,33 @@ impl ChatTemplate {
             Some(message) => TextError::TemplateRaised(message),
             None => TextError::TemplateFailed(describe(&e)),
         })
+    }
+
+    /// The variables that ask this template for thinking (`on`) and for a degree of it, which asks for thinking too. What is `None` stays as
+    /// the template has it. The templates of Qwen, Gemma 4 and DeepSeek-V4 share the switch `enable_thinking`, gpt-oss has `reasoning_effort`
+    /// (`low`, `medium`, `high`), DeepSeek-V4 both.
+    ///
+    /// # Errors
+    /// [`TextError::NoThinkingSwitch`], [`TextError::NoReasoningEffort`] when the template writes the same prompt either way; those of
+    /// [`ChatTemplate::render`].
+    pub fn thinking(&self, on: Option<bool>, effort: Option<&str>) -> Result<Map<String, Json>, TextError> {
+        let question = serde_json::json!([{"role": "user", "content": "?"}]);
+        // Degrees may count only while thinking is on, so both are tried with it.
+        let prompt = |on: bool, effort: &str| {
+            let asked = [(SWITCH, Json::from(on)), (EFFORT, effort.into())].map(|(name, value)| (name.to_owned(), value));
+            self.render(&question, None, &asked.into_iter().collect(), true)
+        };
+        let reference = prompt(true, "low")?;
+        let (has_switch, has_effort) = (prompt(false, "low")? != reference, prompt(true, "max")? != reference);
+        if on.is_some() && !has_switch {
+            return Err(TextError::NoThinkingSwitch { effort: has_effort });
+        }
+        if effort.is_some() && !has_effort {
+            return Err(TextError::NoReasoningEffort { switch: has_switch });
+        }
+        let on = on.or(effort.filter(|_| has_switch).map(|_| true)).map(Json::from);
+        let asked = [(SWITCH, on), (EFFORT, effort.map(Json::from))];
+        Ok(asked.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect())
     }
 }
 

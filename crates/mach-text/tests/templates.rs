@@ -81,6 +81,40 @@ fn templates_are_found_where_checkpoints_keep_them() {
     assert_eq!(render(&open(json!({"chat_template": "config"})).unwrap(), None).unwrap(), "file");
 }
 
+/// Thinking is switched by what a template understands, and a template without a switch or without degrees says so instead of doing as before.
+#[test]
+fn thinking_is_asked_for_in_the_templates_words() {
+    let tiny = ChatTemplate::new(&std::fs::read_to_string(here("../../models/tiny/chat_template.jinja")).unwrap(), no_tokens()).unwrap();
+    let deepseek = ChatTemplate::built_in("deepseek_v4").unwrap();
+    let degrees = ChatTemplate::new("<|channel|><|message|>Reasoning: {{ reasoning_effort | default('medium') }}", no_tokens()).unwrap();
+    let prompt = |template: &ChatTemplate, on: Option<bool>, effort: Option<&str>| {
+        let variables = template.thinking(on, effort).map_err(|e| (e.code(), e.to_string()))?;
+        Ok(template.render(&json!([{"role": "user", "content": "x"}]), None, &variables, true).unwrap())
+    };
+    let ends = |template: &ChatTemplate, on, effort, end: &str| {
+        let prompt: Result<String, (&str, String)> = prompt(template, on, effort);
+        assert!(prompt.as_ref().is_ok_and(|p| p.ends_with(end)), "{prompt:?} {end:?}");
+    };
+    ends(&tiny, Some(true), None, "<think>\n");
+    for on in [None, Some(false)] {
+        ends(&tiny, on, None, "</think>\n\n");
+        ends(&deepseek, on, None, "</think>");
+        ends(&degrees, None, None, "medium");
+    }
+    for effort in [None, Some("low"), Some("max")] {
+        ends(&deepseek, Some(true), effort, "<think>");
+        assert_eq!(prompt(&deepseek, None, effort).unwrap().contains("Absolute maximum"), effort == Some("max"));
+    }
+    ends(&degrees, None, Some("high"), "high");
+    let refused = |template, on, effort| prompt(template, on, effort).unwrap_err();
+    for on in [true, false] {
+        let (code, message) = refused(&degrees, Some(on), None);
+        assert!(code == "no-thinking-switch" && message.contains("reasoning effort"), "{message}");
+    }
+    let (code, message) = refused(&tiny, None, Some("high"));
+    assert!(code == "no-reasoning-effort" && message.contains("on or off"), "{message}");
+}
+
 /// Errors carry the template's own words, or the place where it broke.
 #[test]
 fn template_errors_are_told_apart() {

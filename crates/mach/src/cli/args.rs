@@ -8,6 +8,8 @@ use mach_backend::KvType;
 use mach_cpu::ActivationBits;
 use mach_experts::trace::Recorder;
 use mach_models::plan::BankSize;
+use mach_session::TextModel;
+use serde_json::{Map, Value};
 
 use super::output;
 use crate::load::{load_with, prepare_at};
@@ -156,6 +158,31 @@ impl EngineArgs {
         let disk = e.disk_gb_s.map(|d| format!(", disk {d:.2} GB/s")).unwrap_or_default();
         eprintln!("loaded in {}; expect up to {:.1} tok/s in decode (memory {:.1} GB/s{disk})", output::seconds(loaded.load_ms / 1e3), e.tok_s, e.memory_gb_s);
         Ok(loaded)
+    }
+}
+
+/// How much the model thinks before it answers.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct ThinkArgs {
+    /// Let the model think before it answers; Gemma 4 and DeepSeek-V4 do so only when asked [default: as the chat template has it]
+    #[arg(long, conflicts_with = "no_think")]
+    think: bool,
+    /// Have the model answer at once; Qwen's reasoning models think unless told not to
+    #[arg(long, conflicts_with = "reasoning_effort")]
+    no_think: bool,
+    /// How hard to think, where the chat template has degrees: low, medium and high for gpt-oss, max for DeepSeek-V4
+    #[arg(long, value_name = "LEVEL", value_parser = ["low", "medium", "high", "max"])]
+    reasoning_effort: Option<String>,
+}
+
+impl ThinkArgs {
+    /// The template variables that ask for it; an error where the template cannot do it.
+    pub(super) fn variables(&self, text: &TextModel) -> Result<Map<String, Value>, Error> {
+        let on = (self.think || self.no_think).then_some(self.think);
+        if on.is_none() && self.reasoning_effort.is_none() {
+            return Ok(Map::new());
+        }
+        Ok(text.template()?.thinking(on, self.reasoning_effort.as_deref())?)
     }
 }
 

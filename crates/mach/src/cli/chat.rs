@@ -10,7 +10,7 @@ use mach_session::{ChatInput, GenerateRequest, ReplyReader, ReplyUpdate, Session
 use mach_text::{ReplyEvent, ReplyMessage, ToolCall};
 use serde_json::{Map, Value, json};
 
-use super::args::{EngineArgs, SamplingArgs};
+use super::args::{EngineArgs, SamplingArgs, ThinkArgs};
 use super::generate::prefill_line;
 use super::output::{self, ProgressLine};
 use crate::Error;
@@ -26,9 +26,8 @@ pub(super) struct Args {
     /// JSON file with an array of tools to offer; what their calls give is typed in
     #[arg(long, value_name = "FILE")]
     tools: Option<std::path::PathBuf>,
-    /// Ask the template not to let the model think
-    #[arg(long)]
-    no_think: bool,
+    #[command(flatten)]
+    think: ThinkArgs,
     /// Most tokens of a reply
     #[arg(long, short = 'n', value_name = "N")]
     max_tokens: Option<usize>,
@@ -47,6 +46,8 @@ struct Chat {
     system: Option<String>,
     messages: Vec<Value>,
     tools: Option<Value>,
+    /// Variables of the template.
+    kwargs: Map<String, Value>,
     /// Calls whose results are still to be typed in: ids and functions.
     waiting: VecDeque<(String, String)>,
     last: Option<Receipt>,
@@ -59,8 +60,10 @@ pub(super) fn run(mut args: Args) -> Result<(), Error> {
     let running: Arc<Mutex<Option<CancelToken>>> = Arc::default();
     let to_stop = running.clone();
     on_interrupt_while_running(to_stop)?;
+    let session = loaded.session()?;
+    let kwargs = args.think.variables(session.text())?;
     let system = args.system.take();
-    let mut chat = Chat { session: loaded.session()?, system, messages: Vec::new(), tools, waiting: VecDeque::new(), last: None, running, args };
+    let mut chat = Chat { session, system, messages: Vec::new(), tools, kwargs, waiting: VecDeque::new(), last: None, running, args };
     let interactive = std::io::stdin().is_terminal();
     if interactive {
         eprintln!("{}: type a message. {HELP}", loaded.path.name);
@@ -162,13 +165,9 @@ impl Chat {
     fn reply(&mut self) -> Result<ReplyMessage, Error> {
         let mut messages: Vec<Value> = self.system.iter().map(|s| json!({"role": "system", "content": s})).collect();
         messages.extend(self.messages.iter().cloned());
-        let mut kwargs = Map::new();
-        if self.args.no_think {
-            kwargs.insert("enable_thinking".into(), json!(false));
-        }
         let messages = Value::Array(messages);
-        let prompt =
-            self.session.text().chat_prompt(ChatInput { messages: &messages, tools: self.tools.as_ref(), kwargs: &kwargs, add_generation_prompt: true })?;
+        let input = ChatInput { messages: &messages, tools: self.tools.as_ref(), kwargs: &self.kwargs, add_generation_prompt: true };
+        let prompt = self.session.text().chat_prompt(input)?;
         let mut reader = ReplyReader::new(self.session.text(), &prompt, self.tools.as_ref());
         let request =
             GenerateRequest { prompt, sampling: self.args.sampling.overrides(), max_tokens: self.args.max_tokens, markup: true, ..Default::default() };

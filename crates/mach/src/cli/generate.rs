@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use mach_engine::{CancelToken, Event, FinishReason, Receipt, Request};
 use mach_session::{ChatInput, GenerateRequest, GenerationDefaults, Prompt, SamplingOverrides, Session, TextEvent};
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
-use super::args::{EngineArgs, SamplingArgs, TraceArgs, on_interrupt, read_tokens};
+use super::args::{EngineArgs, SamplingArgs, ThinkArgs, TraceArgs, on_interrupt, read_tokens};
 use super::output::{self, ProgressLine};
 use crate::{Error, Loaded, system};
 
@@ -23,10 +23,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["raw", "tokens"])]
     system: Option<String>,
     /// Continue the text as it is, without the chat template
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["think", "no_think", "reasoning_effort"])]
     raw: bool,
     /// Continue a JSON array of token ids
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "think", "no_think", "reasoning_effort"])]
     tokens: Option<PathBuf>,
     /// Most tokens to generate [default: to the end of the turn or of the context]
     #[arg(long, short = 'n', value_name = "N")]
@@ -37,9 +37,8 @@ pub(super) struct Args {
     /// Go on after the end of the turn
     #[arg(long)]
     ignore_eos: bool,
-    /// Let the model think before it answers, where its template can
-    #[arg(long, conflicts_with_all = ["raw", "tokens"])]
-    think: bool,
+    #[command(flatten)]
+    think: ThinkArgs,
     /// Write the logits row of every generated token (safetensors: `logits` f32 [N, vocabulary], `tokens` i32 [N])
     #[arg(long, value_name = "FILE")]
     logits: Option<PathBuf>,
@@ -103,7 +102,7 @@ fn text_events(args: &Args, session: &Session, tokens: Option<Vec<u32>>, text: S
     let prompt = match tokens {
         Some(tokens) => Prompt::from_tokens(tokens),
         None if args.raw => session.text().raw_prompt(&text)?,
-        None => chat_prompt(session, &text, args.system.as_deref(), args.think)?,
+        None => chat_prompt(session, &text, args.system.as_deref(), &args.think.variables(session.text())?)?,
     };
     let stream = session.generate(GenerateRequest {
         prompt,
@@ -151,13 +150,11 @@ fn read_stdin() -> Result<String, Error> {
     if text.is_empty() { Err(Error::Usage("the prompt on stdin is empty".to_owned())) } else { Ok(text) }
 }
 
-fn chat_prompt(session: &Session, text: &str, system: Option<&str>, think: bool) -> Result<Prompt, Error> {
+fn chat_prompt(session: &Session, text: &str, system: Option<&str>, kwargs: &Map<String, Value>) -> Result<Prompt, Error> {
     let mut messages = Vec::new();
     messages.extend(system.map(|s| json!({"role": "system", "content": s})));
     messages.push(json!({"role": "user", "content": text}));
-    let mut kwargs = Map::new();
-    kwargs.extend(think.then(|| ("enable_thinking".to_owned(), json!(true))));
-    Ok(session.text().chat_prompt(ChatInput { messages: &messages.into(), tools: None, kwargs: &kwargs, add_generation_prompt: true })?)
+    Ok(session.text().chat_prompt(ChatInput { messages: &messages.into(), tools: None, kwargs, add_generation_prompt: true })?)
 }
 
 /// `prompt: 512 of 2048 tokens, 85.1 tok/s, 18.0 s left`.
