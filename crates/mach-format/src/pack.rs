@@ -383,7 +383,8 @@ fn pack_config(ck: &Checkpoint, residents: &[Resident]) -> Value {
     }
     for (module, (bits, group)) in quantised {
         let general = |key: &str| quantization.get(key).and_then(Value::as_u64);
-        if (general("bits"), general("group_size")) == (Some(bits.into()), Some(group.into())) {
+        let affine = quantization.get("mode").is_none_or(|mode| mode == "affine");
+        if affine && (general("bits"), general("group_size")) == (Some(bits.into()), Some(group.into())) {
             quantization.remove(module);
         } else {
             quantization.insert(module.clone(), json!({ "group_size": group, "bits": bits }));

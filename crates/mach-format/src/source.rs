@@ -277,18 +277,17 @@ impl Checkpoint {
 
     /// Bits and columns of a group are told apart by their words alone: 4 and 32, 4 and 16, 8 and 32.
     fn mlx_float(&self, prefix: &str, data: Part<'_>, shape: &Shape, scales: Part<'_>, groups: usize) -> Result<Matrix, FormatError> {
-        let says = self.mlx_field(prefix, "mode").and_then(Value::as_str);
-        let mode = match shape.width {
-            words if words == groups * 4 => "mxfp4",
-            words if words == groups * 8 => "mxfp8",
-            words if words == groups * 2 => "nvfp4",
-            words => return Err(mismatch(&data.name, says.unwrap_or("no mode"), format!("{words} words of 32 bits for {groups} groups"))),
+        let entry = self.mlx_entry(prefix, &data.name)?;
+        let says = || entry.as_ref().map_or("no mode".to_owned(), MlxEntry::to_string);
+        let got = format!("{} words of 32 bits for {groups} groups", shape.width);
+        let (mode, bits, group) = match shape.width {
+            words if words == groups * 4 => ("mxfp4", 4, 32),
+            words if words == groups * 8 => ("mxfp8", 8, 32),
+            words if words == groups * 2 => ("nvfp4", 4, 16),
+            _ => return Err(mismatch(&data.name, says(), got)),
         };
-        let number = |key: &str, default: u64| self.mlx_field(prefix, key).and_then(Value::as_u64).unwrap_or(default);
-        let (bits, group) = (if mode == "mxfp8" { 8 } else { 4 }, if mode == "nvfp4" { 16 } else { 32 });
-        if says.is_some_and(|says| says != mode) || (number("bits", bits), number("group_size", group)) != (bits, group) {
-            let expected = format!("{}, {} bits in groups of {}", says.unwrap_or("no mode"), number("bits", bits), number("group_size", group));
-            return Err(mismatch(&data.name, expected, format!("{mode}: {} words of 32 bits for {groups} groups", shape.width)));
+        if entry.as_ref().is_some_and(|entry| (entry.mode, entry.bits, entry.group) != (mode, bits, group)) {
+            return Err(mismatch(&data.name, says(), format!("{mode}: {got}")));
         }
         match mode {
             "mxfp4" => self.mxfp4(data, shape, shape.width * 8, scales),
@@ -470,38 +469,63 @@ impl Checkpoint {
         ["quantization", "quantization_config"].iter().find_map(|key| self.config().get(key)?.as_object())
     }
 
-    /// What the configuration says of a module: an exact path wins over the general entry.
-    fn mlx_field(&self, prefix: &str, key: &str) -> Option<&Value> {
-        let quantization = self.quantization_entry()?;
-        quantization.get(prefix).and_then(|own| own.get(key)).or_else(|| quantization.get(key))
+    /// What the configuration says of a module of MLX, `None` where it says nothing. The module's own entry stands alone: it takes neither
+    /// mode nor numbers from the general one. Numbers that an entry leaves out are those of its mode, and no mode is `affine`.
+    fn mlx_entry(&self, prefix: &str, name: &str) -> Result<Option<MlxEntry<'_>>, FormatError> {
+        let Some(general) = self.quantization_entry() else { return Ok(None) };
+        let entry = match general.get(prefix) {
+            Some(Value::Bool(false)) => return Err(mismatch(name, "not quantised", "packed words with scales".to_owned())),
+            Some(Value::Object(own)) => own,
+            _ => general,
+        };
+        if !["mode", "bits", "group_size"].iter().any(|key| entry.contains_key(*key)) {
+            return Ok(None);
+        }
+        let mode = entry.get("mode").and_then(Value::as_str).unwrap_or("affine");
+        let (bits, group) = match mode {
+            "affine" => (4, 64),
+            "mxfp4" => (4, 32),
+            "nvfp4" => (4, 16),
+            "mxfp8" => (8, 32),
+            other => return Err(FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what: format!("the mode {other} of MLX") }),
+        };
+        let number = |key: &str, default: u64| entry.get(key).and_then(Value::as_u64).unwrap_or(default);
+        Ok(Some(MlxEntry { mode, bits: number("bits", bits), group: number("group_size", group) }))
     }
 
     /// Bits and columns of a group, as the configuration names them; the shapes of words and scales must agree.
     fn affine_groups(&self, prefix: &str, name: &str, words: usize, groups: usize) -> Result<(usize, usize), FormatError> {
         let unsupported = |what: String| FormatError::UnsupportedQuantisation { tensor: name.to_owned(), what };
-        let packed = || "packed words with scales".to_owned();
-        match self.quantization_entry() {
-            None => return Err(mismatch(name, "nothing (no quantization)", packed())),
-            Some(quantization) if quantization.get(prefix) == Some(&Value::Bool(false)) => return Err(mismatch(name, "not quantised", packed())),
-            _ => {}
-        }
-        if let Some(mode) = self.mlx_field(prefix, "mode").and_then(Value::as_str).filter(|m| *m != "affine") {
-            return Err(mismatch(name, format!("the mode {mode}"), "affine: scales that are no bytes".to_owned()));
-        }
-        let number = |key: &str| self.mlx_field(prefix, key).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
-        let (Some(bits), Some(group)) = (number("bits"), number("group_size")) else {
-            return Err(mismatch(name, "no bits and group_size", packed()));
+        let Some(entry) = self.mlx_entry(prefix, name)? else {
+            return Err(mismatch(name, "nothing (no bits and group_size in quantization)", "packed words with scales".to_owned()));
         };
-        if !matches!(bits, 2..=6 | 8) {
-            return Err(unsupported(format!("{bits} bits")));
+        if entry.mode != "affine" {
+            return Err(mismatch(name, entry.to_string(), "affine: scales that are no bytes".to_owned()));
         }
-        if !matches!(group, 32 | 64 | 128) {
-            return Err(unsupported(format!("groups of {group}")));
+        if !matches!(entry.bits, 2..=6 | 8) {
+            return Err(unsupported(format!("{} bits", entry.bits)));
         }
+        if !matches!(entry.group, 32 | 64 | 128) {
+            return Err(unsupported(format!("groups of {}", entry.group)));
+        }
+        let (bits, group) = (entry.bits as usize, entry.group as usize);
         if words * 32 != groups * group * bits {
-            return Err(mismatch(name, format!("{bits} bits in groups of {group}"), format!("{words} words of 32 bits for {groups} groups")));
+            return Err(mismatch(name, entry.to_string(), format!("{words} words of 32 bits for {groups} groups")));
         }
         Ok((bits, group))
+    }
+}
+
+/// How a module of MLX is stored, by the configuration.
+struct MlxEntry<'a> {
+    mode: &'a str,
+    bits: u64,
+    group: u64,
+}
+
+impl std::fmt::Display for MlxEntry<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}, {} bits in groups of {}", self.mode, self.bits, self.group)
     }
 }
 

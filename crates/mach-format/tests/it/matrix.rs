@@ -106,6 +106,40 @@ fn an_override_by_path_beats_the_general_entry() {
     assert_eq!(code(&entry(json!({ "bits": 7 }))), Some("unsupported-quantisation"));
     assert_eq!(code(&entry(json!({ "bits": 8, "group_size": 16 }))), Some("unsupported-quantisation"));
     assert_eq!(code(&entry(json!({ "bits": 8, "mode": "mxfp8" }))), Some("quantisation-mismatch"));
+    assert_eq!(code(&entry(json!({ "bits": 8, "mode": "mxfp9" }))), Some("unsupported-quantisation"));
+}
+
+/// Protects configurations as MLX writes them: a module's own entry stands alone (routers are affine although the mode is another, and say
+/// so by saying nothing), and numbers that are left out are those of the mode. What the shapes contradict is refused.
+#[test]
+fn an_entry_without_numbers_or_mode_means_what_mlx_means() {
+    let (q, scales, biases, values) = affine(16 * 128, 8, 64, "F32");
+    let tensors = |width: usize, groups: usize| {
+        let floats = [("m.weight", "U32", width, 0x22, 64 * width), ("m.scales", "U8", groups, 127, 16 * groups)];
+        let floats = floats.map(|(name, dtype, last, byte, bytes)| tensor(name, dtype, &[16, last], vec![byte; bytes]));
+        mlx("gate", &[16, 128], 8, &q, &scales, &biases, "F32").into_iter().chain(floats).collect::<Vec<_>>()
+    };
+    let read = |config: Value, width: usize, groups: usize, module: &str| {
+        let dir = tempdir().unwrap();
+        let m = open(dir.path(), &json!({ "quantization": config }), &tensors(width, groups)).matrix(module);
+        m.map(|m| m.to_f32().unwrap()).map_err(|e| (e.code(), e.to_string()))
+    };
+    let router = json!({ "group_size": 64, "bits": 8 });
+    let general = json!({ "group_size": 32, "bits": 4, "mode": "mxfp4", "gate": router });
+    assert_eq!(read(general.clone(), 16, 4, "gate").unwrap(), values);
+    assert_eq!(read(general.clone(), 16, 4, "m").unwrap(), [1.0; 16 * 128]);
+    for (mode, width, groups) in [("mxfp4", 16, 4), ("nvfp4", 16, 8), ("mxfp8", 32, 4)] {
+        assert!(read(json!({ "mode": mode }), width, groups, "m").is_ok(), "{mode}");
+        assert!(read(json!({ "group_size": 64, "bits": 8, "m": { "mode": mode } }), width, groups, "m").is_ok(), "{mode}");
+        let (code, message) = read(json!({ "mode": mode }), width, 32, "m").unwrap_err();
+        assert!(code == "quantisation-mismatch" && message.contains(mode) && message.contains("32 groups"), "{message}");
+        let other = if mode == "mxfp4" { "nvfp4" } else { "mxfp4" };
+        assert_eq!(read(json!({ "mode": other }), width, groups, "m").unwrap_err().0, "quantisation-mismatch", "{mode}");
+        assert_eq!(read(json!({ "mode": mode, "m": router }), width, groups, "m").unwrap_err().0, "quantisation-mismatch", "{mode}");
+        assert_eq!(read(json!({ "mode": mode, "m": false }), width, groups, "m").unwrap_err().0, "quantisation-mismatch", "{mode}");
+    }
+    // What the shapes cannot tell (8 bits in groups of 32 have those of 4 in 64) is never guessed.
+    assert_eq!(read(json!({}), 16, 4, "gate").unwrap_err().0, "quantisation-mismatch");
 }
 
 #[test]

@@ -122,10 +122,16 @@ fn a_pack_of_a_quantised_checkpoint_keeps_its_formats() {
         own("mlp.experts.down_proj_blocks", "U8", &[EXPERTS, HIDDEN, INNER / 32, 16], EXPERTS * HIDDEN * INNER / 2),
         own("mlp.experts.down_proj_scales", "U8", &[EXPERTS, HIDDEN, INNER / 32], EXPERTS * HIDDEN * INNER / 32),
     ];
-    write(&dir.path().join("model"), &json!({ "quantization_config": { "quant_method": "fp8" } }), &tensors);
+    // The numbers of the general entry are those of the router's, its mode is not.
+    let config = json!({ "quantization": { "mode": "mxfp8", "bits": 8, "group_size": 32 }, "quantization_config": { "quant_method": "fp8" } });
+    write(&dir.path().join("model"), &config, &tensors);
     let (ck, out) = (Checkpoint::open(&dir.path().join("model")).unwrap(), dir.path().join("pack"));
-    write_pack(&ck, &out, &plan(&ck, None), &mut |_| ()).unwrap();
+    let mut plan = plan(&ck, None);
+    plan.quantise.push(("mlp.gate".to_owned(), Some(affine(8))));
+    plan.keep.retain(|name| name != "mlp.gate.weight");
+    write_pack(&ck, &out, &plan, &mut |_| ()).unwrap();
     let pack = Checkpoint::open(&out).unwrap();
+    assert_eq!(pack.matrix("mlp.gate").unwrap().format(), affine(8));
     assert_eq!(pack.tensors().map(|(name, _)| name).filter(|name| name.starts_with("embed")).count(), 2);
     assert_eq!(pack.matrix("embed").unwrap().to_f32().unwrap(), ck.matrix("embed").unwrap().to_f32().unwrap());
     let sidecar = Sidecar::open(&out.join(SIDECAR_DIR), &fingerprint(&pack).unwrap()).unwrap();
