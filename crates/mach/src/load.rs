@@ -263,9 +263,9 @@ impl Prepared {
             ("", now)
         };
         let wins = if plain {
-            format!("every miss reads {:.1} times fewer bytes, in one direct read instead of three through the page cache", now as f64 / bytes as f64)
+            format!("every miss reads {:.1} times fewer bytes, in one read instead of three", now as f64 / bytes as f64)
         } else {
-            "every miss is one direct read instead of nine through the page cache, without repacking".to_owned()
+            "every miss is one read instead of three or more, with nothing to repack".to_owned()
         };
         // Reading the source and writing the result at about half a gigabyte a second.
         let time = seconds((now + bytes) as f64 / 0.5e9);
