@@ -11,7 +11,7 @@ use std::time::Duration;
 use mach_format::{Checkpoint, ElementType, Planned, SafetensorsWriter};
 use serde_json::{Value, json};
 use support::hub::{COMMIT, Hub, REPO, is_large};
-use support::{arg, copy, flip, goldens, mach, plain};
+use support::{Ran, arg, copy, flip, goldens, mach, plain};
 
 const SHARDS: usize = 6;
 
@@ -191,6 +191,45 @@ fn killed_runs_go_on() {
         let seen = case.hub.state().seen.clone();
         assert!(seen.iter().any(|s| s.path.ends_with(&shard(at)) && s.from > 0 && s.to.is_none()), "it began anew: {seen:?}");
     }
+}
+
+/// A disk that fills up is named, before a pack and within it, and costs nothing that was done: the same command goes on. A device that is always
+/// full stands in for it.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_costs_nothing() {
+    use std::os::unix::fs::symlink;
+    let case = Case::new(&plain(), SHARDS, &[]);
+    let (whole, out) = (case.dir.path().join("whole"), case.dir.path().join("out"));
+    case.pull(&["--out", arg(&whole)]);
+    let last = layer_files(&whole).last().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
+    let pull = ["pull", REPO, "--pack", "--out", arg(&out)];
+    let outline = out.join(".pull").join(shard(1)).with_extension("tmp");
+    std::fs::create_dir_all(outline.parent().unwrap()).unwrap();
+    symlink("/dev/full", &outline).unwrap();
+    let ran = case.hub.run(&pull, &[]);
+    assert!(ran.failed_with("disk-full").err.contains(&shard(1)), "{}", ran.err);
+    std::fs::remove_file(&outline).unwrap();
+
+    // It is full when the last shard is on its way.
+    case.hub.state().stall = Some(shard(SHARDS));
+    let mut child = case.hub.command(&pull, &[]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    while !case.hub.state().stalled {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before its last shard");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    symlink("/dev/full", out.join("expert_sidecar").join(format!("{last}.tmp"))).unwrap();
+    case.hub.state().stall = None;
+    let ran = Ran::of(child.wait_with_output().unwrap());
+    assert!(ran.failed_with("disk-full").err.contains(&last), "{}", ran.err);
+    assert!(!out.join("config.json").exists());
+    let kept = layer_files(&out).len();
+    assert!(kept > 0);
+    case.hub.state().seen.clear();
+    let pulled = case.pull(&["--out", arg(&out)]);
+    assert_eq!(pulled["layers_kept"], json!(kept));
+    assert!(case.fetched().len() < SHARDS, "{:?}", case.fetched());
+    case.equals(&out);
 }
 
 fn layer_files(pack: &Path) -> Vec<PathBuf> {

@@ -156,6 +156,14 @@ pub enum HubError {
         /// The repository.
         repo: String,
     },
+    /// A disk that filled up on the way.
+    #[error(
+        "cannot {action}: no space is left on the drive; free some and run the command again, it goes on where it ended (HF_HUB_CACHE and --out name other drives)"
+    )]
+    Full {
+        /// What was tried, with the path.
+        action: String,
+    },
     /// The system refused.
     #[error("cannot {action}: {source}")]
     Io {
@@ -183,6 +191,7 @@ impl HubError {
             Self::DiskFull { .. } => "disk-full",
             Self::OfflinePack { .. } => "pull-offline",
             Self::NoRoom { .. } => "disk-full",
+            Self::Full { .. } => "disk-full",
             Self::PackGguf { .. } => "pull-pack-gguf",
             Self::IsPack { .. } => "pull-is-pack",
             Self::OtherPack { .. } => "output-exists",
@@ -198,7 +207,10 @@ impl HubError {
     /// For `map_err` on system calls.
     pub(super) fn io(action: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         let action = action.into();
-        |source| Self::Io { action, source }
+        |source| match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::Full { action },
+            _ => Self::Io { action, source },
+        }
     }
 
     /// Whether the same request may succeed a moment later.

@@ -90,10 +90,10 @@ impl Hub {
         weights.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         let downloaded = AtomicU64::new(index_bytes + fetch_all(&shared, request, &listing.commit, &texts)?);
         let outlines = out.join(OUTLINE);
-        fs::create_dir_all(&outlines).map_err(Error::io(format!("create {}", outlines.display())))?;
+        fs::create_dir_all(&outlines).map_err(HubError::io(format!("create {}", outlines.display())))?;
         for file in &texts {
             let (from, to) = (cache.blob(&file.hash), outlines.join(&file.path));
-            fs::copy(&from, &to).map_err(Error::io(format!("copy {} to {}", from.display(), to.display())))?;
+            fs::copy(&from, &to).map_err(HubError::io(format!("copy {} to {}", from.display(), to.display())))?;
         }
         in_parallel(request.jobs, weights.len(), &stop, |i| {
             let path = outlines.join(&weights[i].path);
@@ -109,13 +109,13 @@ impl Hub {
             let _ = fs::remove_dir_all(&outlines);
             let _ = fs::remove_dir(&out);
         })?;
-        let config = fs::read(outlines.join("config.json")).map_err(Error::io(format!("read {}", outlines.join("config.json").display())))?;
+        let config = fs::read(outlines.join("config.json")).map_err(HubError::io(format!("read {}", outlines.join("config.json").display())))?;
         let source = Fingerprint::of_hashes(&config, weights.iter().map(|f| (f.path.as_str(), f.hash.hex())));
         let job = PackJob::new(files.checkpoint(), &files.pack_plan(pack.bits)?, source)?;
         let of_pieces = shards.of_pieces(files.checkpoint(), &job);
         drop(files);
         let missing = job.missing_bytes(&out)?;
-        fs::write(out.join(ORIGIN), format!("{origin:#}\n")).map_err(Error::io(format!("write {}", out.join(ORIGIN).display())))?;
+        fs::write(out.join(ORIGIN), format!("{origin:#}\n")).map_err(HubError::io(format!("write {}", out.join(ORIGIN).display())))?;
         progress(PullEvent::PackTotal(job.bytes()));
         let writer = job.start(&out, &mut |bytes| progress(PullEvent::Packed(bytes)))?;
 
@@ -135,7 +135,7 @@ impl Hub {
         packing.all(request.jobs.min(in_flight), &shared, &url)?;
         let (writer, came) = packing.done();
         let report = writer.finish(shards.open()?.checkpoint())?;
-        fs::remove_dir_all(&outlines).map_err(Error::io(format!("remove {}", outlines.display())))?;
+        fs::remove_dir_all(&outlines).map_err(HubError::io(format!("remove {}", outlines.display())))?;
         let shown = cache.shown();
         texts.iter().filter(|f| !shown.contains(OsStr::new(f.hash.hex()))).try_for_each(|f| cache.remove(&f.hash))?;
         Ok(PulledPack {
