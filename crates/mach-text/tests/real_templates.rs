@@ -27,7 +27,8 @@ fn templates(python: &std::path::Path) -> Option<PathBuf> {
     Some(folder)
 }
 
-fn check(name: &str, format: ReplyFormat) {
+/// `switch` and `degrees`: whether the template turns thinking on and off, and whether it takes an effort.
+fn check(name: &str, format: ReplyFormat, (switch, degrees): (bool, bool)) {
     if std::env::var("MACH_NET_TESTS").as_deref() != Ok("1") {
         eprintln!("skipped: {name} is fetched only with MACH_NET_TESTS=1");
         return;
@@ -42,6 +43,7 @@ fn check(name: &str, format: ReplyFormat) {
     tokens.insert("bos_token".to_owned(), "<bos>".into());
     let template = || ChatTemplate::new(&source, tokens.clone()).unwrap();
     assert_eq!(template().reply_format(), format);
+    assert_eq!((template().thinking(Some(true), None).is_ok(), template().thinking(None, Some("high")).is_ok()), (switch, degrees), "{name}");
     let rendered = goldens(&python, "make_template_goldens.py", &[&path]).expect("transformers renders");
     let whole = rendered["rendered"].as_array().unwrap().iter().filter(|case| case["text"].is_string()).count();
     assert!(whole >= 15, "{whole} conversations are rendered");
@@ -55,31 +57,31 @@ fn tagged(reasoning: Option<ReasoningFormat>, calls: CallFormat) -> ReplyFormat 
 /// XML of tools by macros, calls in tags.
 #[test]
 fn qwen3_coder() {
-    check("Qwen3-Coder.jinja", tagged(None, CallFormat::QwenXml));
+    check("Qwen3-Coder.jinja", tagged(None, CallFormat::QwenXml), (false, false));
 }
 
 /// Reasoning of the last turns kept.
 #[test]
 fn qwen3_5() {
-    check("Qwen3.5-4B.jinja", tagged(Some(ReasoningFormat::Think), CallFormat::QwenXml));
+    check("Qwen3.5-4B.jinja", tagged(Some(ReasoningFormat::Think), CallFormat::QwenXml), (true, false));
 }
 
 /// Tools as type declarations, the date, channels.
 #[test]
 fn gpt_oss() {
-    check("openai-gpt-oss-120b.jinja", ReplyFormat::Harmony);
+    check("openai-gpt-oss-120b.jinja", ReplyFormat::Harmony, (false, true));
 }
 
 /// Recursive macros over schemas, sorted keys, results inside the model's turn.
 #[test]
 fn gemma_4() {
-    check("google-gemma-4-31B-it.jinja", tagged(Some(ReasoningFormat::Channel), CallFormat::Gemma));
-    check("google-gemma-4-31B-it-interleaved.jinja", tagged(Some(ReasoningFormat::Channel), CallFormat::Gemma));
+    check("google-gemma-4-31B-it.jinja", tagged(Some(ReasoningFormat::Channel), CallFormat::Gemma), (true, false));
+    check("google-gemma-4-31B-it-interleaved.jinja", tagged(Some(ReasoningFormat::Channel), CallFormat::Gemma), (true, false));
 }
 
 /// The templates that GGUF files of DeepSeek-V4 carry.
 #[test]
 fn deepseek_v4() {
-    check("deepseek-ai-DeepSeek-V4.jinja", tagged(Some(ReasoningFormat::Think), CallFormat::Dsml));
-    check("deepseek-ai-DeepSeek-V4-Flash-0731.jinja", tagged(Some(ReasoningFormat::Think), CallFormat::Dsml));
+    check("deepseek-ai-DeepSeek-V4.jinja", tagged(Some(ReasoningFormat::Think), CallFormat::Dsml), (true, true));
+    check("deepseek-ai-DeepSeek-V4-Flash-0731.jinja", tagged(Some(ReasoningFormat::Think), CallFormat::Dsml), (true, true));
 }
