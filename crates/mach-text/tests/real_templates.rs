@@ -6,25 +6,22 @@ mod common;
 use std::path::PathBuf;
 use std::process::Command;
 
-use common::{goldens, here, python, run};
+use common::{fetched, goldens, here, python, run};
 use mach_text::{CallFormat, ChatTemplate, ReasoningFormat, ReplyFormat};
 use serde_json::Map;
 
 const VERSION: &str = "0.3.36";
 
-/// The folder of the package's templates, fetched once.
+/// The folder of the package's templates.
 fn templates(python: &std::path::Path) -> Option<PathBuf> {
-    let cache = here("../../.cache/templates");
-    let folder = cache.join(format!("llama_cpp_python-{VERSION}/vendor/llama.cpp/models/templates"));
-    if !folder.exists() {
-        std::fs::create_dir_all(&cache).ok()?;
+    let folder = fetched(here("../../.cache/templates").join(format!("llama_cpp_python-{VERSION}")), |folder| {
         let package = format!("llama-cpp-python=={VERSION}");
-        run(Command::new(python).args(["-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", &package]).current_dir(&cache))?;
+        run(Command::new(python).args(["-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", &package]).current_dir(folder))?;
         let archive = format!("llama_cpp_python-{VERSION}.tar.gz");
-        run(Command::new("tar").args(["xzf", &archive, "--wildcards", "*/models/templates/*"]).current_dir(&cache))?;
-        std::fs::remove_file(cache.join(archive)).ok()?;
-    }
-    Some(folder)
+        run(Command::new("tar").args(["xzf", &archive, "--strip-components=1", "--wildcards", "*/models/templates/*"]).current_dir(folder))?;
+        std::fs::remove_file(folder.join(archive)).ok()
+    })?;
+    Some(folder.join("vendor/llama.cpp/models/templates"))
 }
 
 /// `switch` and `degrees`: whether the template turns thinking on and off, and whether it takes an effort.

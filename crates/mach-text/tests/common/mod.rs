@@ -80,6 +80,21 @@ pub fn run(command: &mut Command) -> Option<Vec<u8>> {
     }
 }
 
+/// A folder of the cache that is fetched once. `fill` gets an empty folder, which takes its place when all is there; tests run at the same
+/// time, in processes of their own, so the others wait for the first.
+pub fn fetched(folder: PathBuf, fill: impl FnOnce(&Path) -> Option<()>) -> Option<PathBuf> {
+    let cache = folder.parent()?;
+    std::fs::create_dir_all(cache).ok()?;
+    let lock = std::fs::File::create(cache.join(".lock")).ok()?;
+    lock.lock().ok()?;
+    if !folder.exists() {
+        let part = tempfile::tempdir_in(cache).ok()?;
+        fill(part.path())?;
+        std::fs::rename(part.path(), &folder).ok()?;
+    }
+    Some(folder)
+}
+
 /// A Python with transformers.
 pub fn python() -> Option<PathBuf> {
     let candidates = std::env::var_os("MACH_PYTHON").map(PathBuf::from).into_iter().chain([here("../../.cache/venv/bin/python")]);
