@@ -317,18 +317,27 @@ def quantise(value, bits, group):
     return signed, drop(scale), drop(bias), (scale * q + bias).reshape(value.shape)
 
 
-def to_mlx(state, config, bits, group):
-    """MLX naming and quantisation. Returns tensors, the `quantization` entry, and the effective f32 parameters."""
+def affine(value, group_size, bits, mode="affine"):
+    """A quantiser for `to_mlx`."""
+    words, scales, biases, values = quantise(value, bits, group_size)
+    return {"weight": words, "scales": scales, "biases": biases}, values
+
+
+def to_mlx(state, config, quantiser, general, routers):
+    """MLX naming and quantisation. Returns tensors, the `quantization` entry, and the effective f32 parameters.
+
+    `quantiser` gives a module's tensors and their values; `general` and `routers` are its arguments, and the entries of the
+    configuration: routers and the gates of shared experts have one of their own where it differs."""
     nested = "text_config" in config
-    tensors, effective = {}, {}
-    quantization = {"group_size": group, "bits": bits, "mode": "affine"}
+    tensors, effective, quantization = {}, {}, dict(general)
+    same = {"mode": "affine"} | routers == general
 
     def pack(module, value):
-        own = 8 if module.endswith(("mlp.gate", "shared_expert_gate")) else bits
-        if own != bits:
-            quantization[module] = {"group_size": group, "bits": own}
-        words, scales, biases, values = quantise(value.bfloat16(), own, group)
-        tensors.update({f"{module}.weight": words, f"{module}.scales": scales, f"{module}.biases": biases})
+        own = module.endswith(("mlp.gate", "shared_expert_gate")) and not same
+        if own:
+            quantization[module] = routers
+        parts, values = quantiser(value.bfloat16(), **(routers if own else general))
+        tensors.update({f"{module}.{part}": tensor for part, tensor in parts.items()})
         return values
 
     for name, value in state.items():
@@ -411,7 +420,9 @@ def build(name, seed, folder):
             write_checkpoint(pathlib.Path(plain) / "model", fields, deepseek_v4.widen(tensors))
             model = reference.load(pathlib.Path(plain) / "model")
     elif mlx:
-        tensors, quantization, effective = to_mlx(state, config, *mlx)
+        bits, group = mlx
+        general = {"group_size": group, "bits": bits, "mode": "affine"}
+        tensors, quantization, effective = to_mlx(state, config, affine, general, {"group_size": group, "bits": 8})
         write_checkpoint(folder, config | {"quantization": quantization, "quantization_config": quantization}, tensors)
         model.load_state_dict(effective)
     else:

@@ -3,7 +3,7 @@
 
   quantise_mlx.py MODEL OUT MODE BITS GROUP [--effective FOLDER]
 
-MODE is affine, mxfp4, nvfp4 or mxfp8. Routers and the gates of shared experts get 8 affine bits, an entry of their own, as
+MODE is affine, mxfp4, nvfp4 or mxfp8. Routers and the gates of shared experts get 8 affine bits in groups of 64, as
 mlx-lm gives them. FOLDER gets the same values as a plain f32 checkpoint, for any reader without MLX.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from make_goldens import split_experts
+from make_goldens import to_mlx
 
 
 def to_torch(a):
@@ -27,25 +27,15 @@ def to_torch(a):
     return torch.from_numpy(array.view(np.int32)).view(torch.uint32) if array.dtype == np.uint32 else torch.from_numpy(array.copy())
 
 
-class Quantiser:
-    def __init__(self, mode, bits, group):
-        self.default = (mode, bits, group)
-        self.tensors = {}
-        self.entry = {"group_size": group, "bits": bits, "mode": mode}
-
-    def pack(self, module, value):
-        """Stores a matrix or stack of them, returns its values in f32."""
-        own = ("affine", 8, 64) if module.endswith(("mlp.gate", "shared_expert_gate")) else self.default
-        mode, bits, group = own
-        if own != self.default:
-            self.entry[module] = {"group_size": group, "bits": bits, "mode": mode}
-        w = mx.array(value.float().numpy()).astype(mx.bfloat16)
-        words, scales, *biases = mx.quantize(w, group_size=group, bits=bits, mode=mode)
-        self.tensors |= {f"{module}.weight": to_torch(words), f"{module}.scales": to_torch(scales)}
-        self.tensors |= {f"{module}.biases": to_torch(b) for b in biases}
-        if mode == "affine":
-            return to_torch(mx.dequantize(words, scales.astype(mx.float32), biases[0].astype(mx.float32), group_size=group, bits=bits))
-        return to_torch(mx.dequantize(words, scales, group_size=group, bits=bits, mode=mode, dtype=mx.float32))
+def quantiser(value, group_size, bits, mode="affine"):
+    """What `to_mlx` takes, by MLX."""
+    words, scales, *biases = mx.quantize(mx.array(value.float().numpy()).astype(mx.bfloat16), group_size=group_size, bits=bits, mode=mode)
+    parts = {"weight": to_torch(words), "scales": to_torch(scales)} | {"biases": to_torch(b) for b in biases}
+    if mode == "affine":
+        # In f32 instead of the type of the scales.
+        wide = [scales.astype(mx.float32), biases[0].astype(mx.float32)]
+        return parts, to_torch(mx.dequantize(words, *wide, group_size=group_size, bits=bits))
+    return parts, to_torch(mx.dequantize(words, scales, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32))
 
 
 def main():
@@ -58,32 +48,13 @@ def main():
     parser.add_argument("--effective", type=pathlib.Path)
     args = parser.parse_args()
 
-    q = Quantiser(args.mode, args.bits, args.group)
-    effective = {}
-    with mx.stream(mx.cpu):
-        for name, value in load_file(args.model / "model.safetensors").items():
-            # mlx-lm leaves out heads that draft tokens.
-            if name.startswith("mtp."):
-                continue
-            bare = name.removeprefix("model.language_model.").removeprefix("model.")
-            mlx = f"language_model.{name}" if name.startswith("lm_head") else f"language_model.model.{bare}"
-            if parts := split_experts(name, value):
-                head = mlx.split(".experts")[0]
-                effective[name] = torch.cat([q.pack(f"{head}.switch_mlp.{p}", stack) for p, stack in parts], 1)
-            elif name.endswith("conv1d.weight"):
-                q.tensors[mlx] = value.transpose(1, 2).contiguous()
-                effective[name] = value.float()
-            elif "norm.weight" in name and "linear_attn" not in name:
-                q.tensors[mlx] = value.float() + 1
-                effective[name] = value.float()
-            elif value.ndim == 2:
-                effective[name] = q.pack(mlx.removesuffix(".weight"), value)
-            else:
-                q.tensors[mlx] = value
-                effective[name] = value.float()
-
     config = json.loads((args.model / "config.json").read_text())
-    for folder, tensors, entry in ((args.out, q.tensors, q.entry), (args.effective, effective, None)):
+    # mlx-lm leaves out heads that draft tokens.
+    state = {name: value for name, value in load_file(args.model / "model.safetensors").items() if not name.startswith("mtp.")}
+    general = {"group_size": args.group, "bits": args.bits, "mode": args.mode}
+    with mx.stream(mx.cpu):
+        packed, entry, effective = to_mlx(state, config, quantiser, general, {"group_size": 64, "bits": 8})
+    for folder, tensors, entry in ((args.out, packed, entry), (args.effective, effective, None)):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             for file in args.model.glob("*"):
@@ -91,7 +62,7 @@ def main():
                     shutil.copyfile(file, folder / file.name)
             own = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | ({"quantization": entry} if entry else {"dtype": "float32"})
             (folder / "config.json").write_text(json.dumps(own, indent=1) + "\n")
-            save_file(tensors, folder / "model.safetensors")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 if __name__ == "__main__":
