@@ -367,11 +367,7 @@ unsafe fn quant_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: 
         } else {
             K::dot::<BITS, BLK, P>(codes, x, sums)
         };
-        for r in 0..P / PLANES {
-            let at = rows[r] as usize * blocks + j;
-            let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };
-            acc[r] = add_block::<K::V>(acts, at, isum, scale, bias, acc[r]);
-        }
+        add_blocks::<K::V, PLANES, P>(acts, rows, (j, blocks), isum, (scale, bias), &mut acc);
     }
     for r in 0..P / PLANES {
         K::V::store(out.add(r * LANES), acc[r]);
@@ -428,16 +424,29 @@ unsafe fn rows_apart<K: Kernel, const PLANES: usize, const KIND: u8, const BLK: 
             }
             let isum = dot_lines::<K, KIND, BLK, P>(unit, part * BLK / 4, x);
             let (scale, bias) = format.scales::<K::V>(j * BLK);
-            for r in 0..P / PLANES {
-                let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };
-                acc[r] = add_block::<K::V>(acts, rows[r] as usize * blocks + j, isum, scale, bias, acc[r]);
-            }
+            add_blocks::<K::V, PLANES, P>(acts, rows, (j, blocks), isum, (scale, bias), &mut acc);
         }
     }
     for r in 0..P / PLANES {
         K::V::store(out.add(r * LANES), acc[r]);
     }
     P / PLANES
+}
+
+/// Block `j` of `blocks` of the rows whose planes have the sums `isum`.
+#[inline(always)]
+unsafe fn add_blocks<V: Simd, const PLANES: usize, const P: usize>(
+    acts: &QuantRows,
+    rows: &[u32],
+    (j, blocks): (usize, usize),
+    isum: [V::I; P],
+    (scale, bias): (V::F, V::F),
+    acc: &mut [V::F; P],
+) {
+    for r in 0..P / PLANES {
+        let isum = if const { PLANES == 2 } { V::add_i(V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };
+        acc[r] = add_block::<V>(acts, rows[r] as usize * blocks + j, isum, scale, bias, acc[r]);
+    }
 }
 
 /// One block of one row: scaled integers, then the bias.

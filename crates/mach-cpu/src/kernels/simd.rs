@@ -154,7 +154,7 @@ pub(crate) trait Kernel: 'static {
     /// Needs the instruction set; `x` is valid for eight bytes.
     unsafe fn add_eight(acc: <Self::V as Simd>::I, codes: [<Self::V as Simd>::I; 2], x: *const i8) -> <Self::V as Simd>::I;
 
-    /// Whether numbers of 4 and 6 bits are taken apart where many rows share them.
+    /// Whether numbers of 4 and 6 bits are taken apart where many rows share them, and [`Kernel::add_eight`] multiplies those that are apart.
     const UNPACKS: bool = false;
 
     /// Activation rows that [`Kernel::dot`] takes at most: fewer leave multipliers idle, more do not fit into registers.
