@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
 use super::avx512::Avx512;
-use super::simd::{Kernel, LANES};
+use super::simd::{Kernel, LANES, StepOperands};
 use super::vnni::Vnni;
 
 pub(crate) struct Amx;
@@ -46,25 +46,82 @@ pub(crate) struct TileConfig {
 }
 
 impl TileConfig {
-    /// Tile 0 takes the sums of `rows` activation rows, tile 1 `block` bytes of each, tile 2 as many columns of 16 rows of weights.
-    const fn product(rows: u8, block: u8) -> Self {
+    /// Tiles 0 to 3 take the sums of `planes` planes, tiles 4 and 5 `block` bytes of each, tiles 6 and 7 as many columns of 16 rows of
+    /// weights.
+    const fn product(planes: u8, block: u8) -> Self {
         let mut c = Self { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        (c.rows[0], c.row_bytes[0]) = (rows, 64);
-        (c.rows[1], c.row_bytes[1]) = (rows, block as u16);
-        (c.rows[2], c.row_bytes[2]) = (block / 4, 64);
+        let mut tile = 0;
+        while tile < 8 {
+            (c.rows[tile], c.row_bytes[tile]) = match tile {
+                0..4 => (planes, 64),
+                4 | 5 => (planes, block as u16),
+                _ => (block / 4, 64),
+            };
+            tile += 1;
+        }
         c
     }
 
     /// All eight tiles as large as they can be.
     pub(crate) const fn full() -> Self {
-        let mut c = Self::product(16, 64);
-        let mut tile = 3;
-        while tile < 8 {
-            (c.rows[tile], c.row_bytes[tile]) = (16, 64);
-            tile += 1;
-        }
-        c
+        Self::product(16, 64)
     }
+}
+
+macro_rules! store {
+    ($tile:literal, $to:expr) => {
+        asm!(concat!("tilestored [{to} + {line}], tmm", $tile), to = in(reg) $to, line = in(reg) 64_usize, options(nostack, preserves_flags))
+    };
+}
+
+macro_rules! zero {
+    ($tile:literal) => {
+        asm!(concat!("tilezero tmm", $tile), options(nostack, nomem, preserves_flags))
+    };
+}
+
+macro_rules! load {
+    ($tile:literal, $from:expr, $stride:expr) => {
+        asm!(concat!("tileloadd tmm", $tile, ", [{from} + {stride}]"), from = in(reg) $from, stride = in(reg) $stride, options(nostack, readonly, preserves_flags))
+    };
+}
+
+macro_rules! product {
+    ($sums:literal, $x:literal, $w:literal) => {
+        asm!(concat!("tdpbsud tmm", $sums, ", tmm", $x, ", tmm", $w), options(nostack, nomem, preserves_flags))
+    };
+}
+
+/// A step with one tile of weights. Registers of tiles are not renamed: what is loaded next must be others than those in use.
+macro_rules! one {
+    ($part:ident, $at:ident, $sums:literal, $x:literal, $w:literal) => {
+        match $part {
+            0 => store!($sums, $at.stored),
+            1 => zero!($sums),
+            4 => load!($x, $at.x, $at.stride),
+            8 => load!($w, $at.w[0], 64_usize),
+            12 => product!($sums, $x, $w),
+            _ => {}
+        }
+    };
+}
+
+/// A step with two, which share the activations.
+macro_rules! two {
+    ($part:ident, $at:ident, $first:literal, $second:literal, $x:literal) => {
+        match $part {
+            0 => store!($first, $at.stored),
+            1 => zero!($first),
+            2 => load!($x, $at.x, $at.stride),
+            4 => load!("6", $at.w[0], 64_usize),
+            6 => product!($first, $x, "6"),
+            8 => store!($second, $at.stored.add(LANES * LANES)),
+            9 => zero!($second),
+            11 => load!("7", $at.w[1], 64_usize),
+            13 => product!($second, $x, "7"),
+            _ => {}
+        }
+    };
 }
 
 impl Kernel for Amx {
@@ -83,33 +140,31 @@ impl Kernel for Amx {
     }
 
     #[inline(always)]
-    unsafe fn begin<const BLK: usize>(rows: usize) {
-        let config = TileConfig::product(rows as u8, BLK as u8);
+    unsafe fn begin<const BLK: usize>(planes: usize) {
+        let config = TileConfig::product(planes as u8, BLK as u8);
         asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags));
+    }
+
+    #[inline(always)]
+    unsafe fn step_part<const TILES: usize, const PARITY: usize>(part: usize, at: &StepOperands) {
+        match (TILES, PARITY) {
+            (1, 0) => one!(part, at, "0", "4", "6"),
+            (1, _) => one!(part, at, "1", "5", "7"),
+            (_, 0) => two!(part, at, "0", "1", "4"),
+            _ => two!(part, at, "2", "3", "5"),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_sums<const TILES: usize, const PARITY: usize>(at: &StepOperands) {
+        // Both are stores of `step_part`.
+        Self::step_part::<TILES, PARITY>(0, at);
+        Self::step_part::<TILES, PARITY>(8 * (TILES - 1), at);
     }
 
     /// The tile registers must be clean before a thread sleeps, or every switch saves 8 KiB.
     #[inline(always)]
     unsafe fn end() {
         asm!("tilerelease", options(nostack, nomem, preserves_flags));
-    }
-
-    /// `tileloadd` waits for stores that are fresh, so weights are taken apart a panel ahead.
-    #[inline(always)]
-    unsafe fn dot_wide(w: *const u8, x: *const i8, stride: usize, out: *mut [i32; LANES]) {
-        asm!(
-            "tilezero tmm0",
-            "tileloadd tmm1, [{x} + {stride}]",
-            "tileloadd tmm2, [{w} + {line}]",
-            "tdpbsud tmm0, tmm1, tmm2",
-            "tilestored [{out} + {line}], tmm0",
-            x = in(reg) x,
-            stride = in(reg) stride,
-            w = in(reg) w,
-            out = in(reg) out,
-            line = in(reg) 64_usize,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _,
-            options(nostack, preserves_flags),
-        );
     }
 }

@@ -18,6 +18,7 @@ mod rows;
 mod scalar;
 mod simd;
 mod unpack;
+mod wide;
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -46,6 +47,7 @@ pub(crate) use products::{MAX_ROWS, QuantRows};
 pub(crate) use recurrence::DeltaHead;
 pub(crate) use simd::LANES;
 pub(crate) use unpack::UnpackPanel;
+pub(crate) use wide::WideRows;
 
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,6 +143,8 @@ macro_rules! for_all_kernels {
             V products::quantise_row(to: &QuantRows, row: usize);
             V unpack::unpack_panel(layout: &PackedLayout, tile: *const u8, first: usize, columns: usize, block: usize, codes: *mut u8, scales: *mut f32);
             K products::quant_tile(unpack: UnpackPanel, layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32);
+            V wide::gather(acts: &QuantRows, rows: &[u32], to: &WideRows);
+            K wide::wide_tiles(unpack: UnpackPanel, layout: &PackedLayout, tiles: (*const u8, usize), acts: &QuantRows, rows: &[u32], wide: &WideRows, out: *mut f32);
             V blocks::dequantise_tile(unpack: UnpackPanel, layout: &PackedLayout, tile: *const u8, out: *mut f32);
             V plain::plain_tiles(layout: &PackedLayout, data: *const u8, tiles: usize, acts: &PlainRows, rows: &[u32], out: *mut f32);
             V rows::rms_norm(x: *const f32, w: *const f32, n: usize, eps: f32, out: *mut f32);
@@ -174,6 +178,8 @@ macro_rules! define_struct {
         /// The kernels of one set. See the generic functions of the same names for shapes.
         pub(crate) struct Kernels {
             pub set: KernelSet,
+            /// Whether the set has a matrix unit: many rows go through `gather` and `wide_tiles`.
+            pub wide: bool,
             $(pub $name: unsafe fn($($ty),*),)*
         }
     };
@@ -200,7 +206,7 @@ macro_rules! define_table {
 macro_rules! define_functions {
     ($kernel:ty, $features:tt, $set:ident, $($kind:ident $module:ident::$name:ident($($arg:ident: $ty:ty),*);)*) => {
         $(define_function! { $features unsafe fn $name($($arg: $ty),*) { $module::$name::<generic!($kind $kernel)>($($arg),*) } })*
-        Kernels { set: KernelSet::$set, $($name),* }
+        Kernels { set: KernelSet::$set, wide: <$kernel as simd::Kernel>::WIDE, $($name),* }
     };
 }
 

@@ -27,7 +27,7 @@ pub(super) const PREFETCH: usize = 6144;
 
 /// Columns of a tile that stay in L1 together with some activation rows: as they are stored, and a byte for each number.
 const PANEL: usize = 2048;
-const UNPACKED_PANEL: usize = 512;
+pub(super) const UNPACKED_PANEL: usize = 512;
 
 /// Rows from which on a set that unpacks does so, with weights of 6 bits and of 4.
 const UNPACK_FROM: [usize; 2] = [4, 24];
@@ -70,7 +70,7 @@ impl QuantRows {
     }
     /// Plane `plane` of block `j` of a row.
     #[inline(always)]
-    unsafe fn plane(&self, row: usize, plane: usize, j: usize) -> *const i8 {
+    pub(super) unsafe fn plane(&self, row: usize, plane: usize, j: usize) -> *const i8 {
         self.q.add((row * self.planes + plane) * self.cols + j * self.block)
     }
     /// The sum of that plane.
@@ -190,10 +190,10 @@ pub(crate) unsafe fn quant_tile<K: Kernel>(unpack: UnpackPanel, layout: &PackedL
 }
 
 /// A tile, and what takes it apart.
-struct Tile<'a> {
-    format: Blocks,
-    layout: &'a PackedLayout,
-    unpack: UnpackPanel,
+pub(super) struct Tile<'a> {
+    pub(super) format: Blocks,
+    pub(super) layout: &'a PackedLayout,
+    pub(super) unpack: UnpackPanel,
 }
 
 /// In place of the bits of numbers: they are taken apart before every product.
@@ -228,14 +228,12 @@ unsafe fn quant_planes<K: Kernel, const PLANES: usize>(tile: &Tile<'_>, acts: &Q
 #[inline(always)]
 unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(tile: &Tile<'_>, acts: &QuantRows, rows: &[u32], out: *mut f32) {
     let blocks = acts.cols / BLK;
-    let wide = K::WIDE && rows.len() > 2;
-    let mut planes_set_up = 0;
     // Integers of 16 bits times bytes take half the instructions of two planes times nibbles; with planes, nibbles are taken
     // apart as fast as bytes are loaded.
     let many = BITS == 6 && rows.len() >= UNPACK_FROM[0] || BITS == 4 && K::V::I16 && PLANES == 2 && rows.len() >= UNPACK_FROM[1];
-    let unpack = BITS == APART || wide && BITS != 8 || K::UNPACKS && many;
+    let unpack = BITS == APART || K::UNPACKS && many;
     let mut unpacked = Unpacked { codes: [MaybeUninit::uninit(); _], scales: [MaybeUninit::uninit(); _] };
-    let columns = if unpack || wide { UNPACKED_PANEL } else { PANEL };
+    let columns = if unpack { UNPACKED_PANEL } else { PANEL };
     for first in (0..blocks).step_by(columns / BLK) {
         let panel = first..blocks.min(first + columns / BLK);
         if unpack {
@@ -247,15 +245,6 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
             let (rest, to) = (&rows[i..], out.add(i * LANES));
             let (format, panel) = (tile.format, panel.clone());
             // Conditions in `const` leave no code behind where they do not hold.
-            if const { K::WIDE } && wide {
-                let planes = PLANES * rest.len().min(LANES / PLANES);
-                if planes != planes_set_up {
-                    K::begin::<BLK>(planes);
-                    planes_set_up = planes;
-                }
-                i += quant_wide::<K, PLANES, BITS, BLK>(format, &unpacked, acts, rest, panel, to);
-                continue;
-            }
             if const { BITS == APART || K::UNPACKS && (BITS == 6 || BITS == 4 && K::V::I16) } && unpack {
                 i += if const { K::V::I16 && PLANES == 2 } {
                     next_rows::<K, 1, BITS, BLK, true, true>(format, &unpacked, acts, rest, panel, to)
@@ -273,23 +262,20 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
             }
         }
     }
-    if wide {
-        K::end();
-    }
 }
 
 /// A panel of a tile with a byte for each number.
 #[repr(align(64))]
-struct Unpacked {
-    codes: [MaybeUninit<u8>; UNPACKED_PANEL * LANES],
+pub(super) struct Unpacked {
+    pub(super) codes: [MaybeUninit<u8>; UNPACKED_PANEL * LANES],
     /// Scales and biases of each block of activations.
-    scales: [MaybeUninit<f32>; UNPACKED_PANEL / 16 * 2 * LANES],
+    pub(super) scales: [MaybeUninit<f32>; UNPACKED_PANEL / 16 * 2 * LANES],
 }
 
 impl Unpacked {
     /// Numbers, scale and bias of block `i` of the panel.
     #[inline(always)]
-    unsafe fn block<V: Simd, const BLK: usize>(&self, i: usize) -> (*const u8, V::F, V::F) {
+    pub(super) unsafe fn block<V: Simd, const BLK: usize>(&self, i: usize) -> (*const u8, V::F, V::F) {
         let at = self.scales.as_ptr().cast::<f32>().add(i * 2 * LANES);
         (self.codes.as_ptr().cast::<u8>().add(i * BLK * LANES), V::load(at), V::load(at.add(LANES)))
     }
@@ -452,87 +438,18 @@ unsafe fn add_blocks<V: Simd, const PLANES: usize, const P: usize>(
 /// One block of one row: scaled integers, then the bias.
 #[inline(always)]
 unsafe fn add_block<V: Simd>(acts: &QuantRows, at: usize, isum: V::I, scale: V::F, bias: V::F, acc: V::F) -> V::F {
-    let (xs, xb) = (V::splat(*acts.scale.add(at)), V::splat(*acts.bias.add(at)));
+    scaled::<V>((scale, bias), (V::splat(*acts.scale.add(at)), V::splat(*acts.bias.add(at))), isum, acc)
+}
+
+/// The float operations of a block, in the order that all sets have.
+#[inline(always)]
+pub(super) unsafe fn scaled<V: Simd>((scale, bias): (V::F, V::F), (xs, xb): (V::F, V::F), isum: V::I, acc: V::F) -> V::F {
     V::fma(bias, xb, V::fma(scale, V::mul(xs, V::to_f(isum)), acc))
-}
-
-/// Sums of two blocks by plane, and the planes of rows that do not lie beside each other.
-#[repr(align(64))]
-struct Wide {
-    sums: [[[i32; LANES]; LANES]; 2],
-    gathered: [[i8; UNPACKED_PANEL]; LANES],
-}
-
-/// The same arithmetic, integers from the matrix unit: 16 planes at a time, a block ahead of the one whose sums are scaled.
-#[inline(always)]
-unsafe fn quant_wide<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(
-    format: Blocks,
-    unpacked: &Unpacked,
-    acts: &QuantRows,
-    rows: &[u32],
-    panel: std::ops::Range<usize>,
-    out: *mut f32,
-) -> usize {
-    let (n, blocks, first) = (rows.len().min(LANES / PLANES), acts.cols / BLK, panel.start);
-    let mut memory = MaybeUninit::<Wide>::uninit();
-    let (sums, gathered) = (&raw mut (*memory.as_mut_ptr()).sums, &raw mut (*memory.as_mut_ptr()).gathered);
-    let sums = sums.cast::<[i32; LANES]>();
-    let (mut x, mut stride) = (acts.plane(rows[0] as usize, 0, first), acts.cols);
-    if rows[..n].windows(2).any(|pair| pair[1] != pair[0] + 1) {
-        (x, stride) = (gathered.cast(), UNPACKED_PANEL);
-        for p in 0..PLANES * n {
-            let from = acts.plane(rows[p / PLANES] as usize, p % PLANES, first);
-            std::ptr::copy_nonoverlapping(from, x.add(p * stride).cast_mut(), panel.len() * BLK);
-        }
-    }
-    let mut acc = [K::V::splat(0.0); LANES];
-    if first > 0 {
-        for r in 0..n {
-            acc[r] = K::V::load(out.add(r * LANES));
-        }
-    }
-    K::dot_wide(wide_codes::<K, BITS, BLK>(format, unpacked, first, first), x, stride, sums);
-    for j in panel.clone() {
-        let sums = [sums.add((j - first) % 2 * LANES), sums.add((j + 1 - first) % 2 * LANES)];
-        if j + 1 < panel.end {
-            K::dot_wide(wide_codes::<K, BITS, BLK>(format, unpacked, first, j + 1), x.add((j + 1 - first) * BLK), stride, sums[1]);
-        }
-        let (scale, bias) = if const { BITS == 8 } {
-            format.scales::<K::V>(j * BLK)
-        } else {
-            let (_, scale, bias) = unpacked.block::<K::V, BLK>(j - first);
-            (scale, bias)
-        };
-        for r in 0..LANES / PLANES {
-            if r < n {
-                let high = K::V::load_i(sums[0].add(r * PLANES).cast());
-                let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(high), K::V::load_i(sums[0].add(r * PLANES + 1).cast())) } else { high };
-                acc[r] = add_block::<K::V>(acts, rows[r] as usize * blocks + j, isum, scale, bias, acc[r]);
-            }
-        }
-    }
-    for r in 0..n {
-        K::V::store(out.add(r * LANES), acc[r]);
-    }
-    n
-}
-
-/// Block `j` as bytes: of the panel from `first` on that was taken apart, or as it is stored.
-#[inline(always)]
-unsafe fn wide_codes<K: Kernel, const BITS: u8, const BLK: usize>(format: Blocks, unpacked: &Unpacked, first: usize, j: usize) -> *const u8 {
-    if const { BITS != 8 } {
-        return unpacked.codes.as_ptr().cast::<u8>().add((j - first) * BLK * LANES);
-    }
-    let codes = lines_of::<8, BLK>(format, j);
-    for line in 0..BLK / 4 {
-        K::V::prefetch(codes.wrapping_add(PREFETCH + line * 64));
-    }
-    codes
 }
 
 /// Adds the columns that were left out of the blocks, in f32.
 #[inline(always)]
-unsafe fn add_outliers<V: Simd>(tile: &Tile<'_>, acts: &QuantRows, row: usize, out: *mut f32) {
+pub(super) unsafe fn add_outliers<V: Simd>(tile: &Tile<'_>, acts: &QuantRows, row: usize, out: *mut f32) {
     let (x, format) = (*acts.x.add(row), tile.format);
     let mut acc = V::load(out);
     let (mut last, mut scales) = (usize::MAX, (V::splat(0.0), V::splat(0.0)));

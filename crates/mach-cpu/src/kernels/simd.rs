@@ -163,20 +163,28 @@ pub(crate) trait Kernel: 'static {
     /// Whether the set has a matrix unit, for which the functions below are.
     const WIDE: bool = false;
 
-    /// Sets the unit of this thread up for `rows` activation rows, at most 16, and blocks of `BLK` columns.
+    /// Sets the unit of this thread up for `planes` planes of activations, at most 16, and blocks of `BLK` columns.
     ///
     /// # Safety
     /// Needs the instruction set.
     #[inline(always)]
-    unsafe fn begin<const BLK: usize>(_rows: usize) {}
+    unsafe fn begin<const BLK: usize>(_planes: usize) {}
 
-    /// Exact products of a block of byte weights and of activation rows that lie `stride` bytes apart, as many as the unit is
-    /// set up for, to `out[r][row]`.
+    /// Part `part` of [`LANES`] of a step: stores the sums that the step of this `PARITY` before began, and begins exact products of a
+    /// block of byte weights of `TILES` tiles (1 or 2) with planes of activations. All parts follow each other, with other work between
+    /// them: a processor that takes such instructions apart has nothing else to do meanwhile.
     ///
     /// # Safety
-    /// [`Kernel::begin`] came before. `w` is valid for the lines of the block, every row for its columns, `out` for 16 values a row.
+    /// [`Kernel::begin`] came before, and the operands are valid for what they say.
     #[inline(always)]
-    unsafe fn dot_wide(_w: *const u8, _x: *const i8, _stride: usize, _out: *mut [i32; LANES]) {}
+    unsafe fn step_part<const TILES: usize, const PARITY: usize>(_part: usize, _at: &StepOperands) {}
+
+    /// Only stores.
+    ///
+    /// # Safety
+    /// As [`Kernel::step_part`].
+    #[inline(always)]
+    unsafe fn store_sums<const TILES: usize, const PARITY: usize>(_at: &StepOperands) {}
 
     /// Comes after the last product.
     ///
@@ -184,4 +192,16 @@ pub(crate) trait Kernel: 'static {
     /// Needs the instruction set.
     #[inline(always)]
     unsafe fn end() {}
+}
+
+/// What a step of a matrix unit reads and writes.
+#[derive(Clone, Copy)]
+pub(crate) struct StepOperands {
+    /// Where the sums of before go, `[tile][plane][row]` with room for 16 planes.
+    pub stored: *mut i32,
+    /// Planes of a block, `stride` bytes apart.
+    pub x: *const i8,
+    pub stride: usize,
+    /// The block's lines in each tile of weights.
+    pub w: [*const u8; 2],
 }

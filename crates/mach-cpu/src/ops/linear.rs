@@ -1,16 +1,21 @@
 //! Matrix products over tiles, and the linear and feed-forward operations.
 
+use std::cell::Cell;
+
 use mach_backend::Activation;
 use mach_format::{AlignedBytes, PackedLayout, PackedMatrix, WeightFormat};
 
 use super::quant::QuantBuffer;
 use super::{Context, Shared, grown, with_scratch};
-use crate::kernels::{LANES, MAX_ROWS, PlainRows, QuantRows};
+use crate::kernels::{LANES, MAX_ROWS, PlainRows, QuantRows, WideRows};
 use crate::tensor::Tensor;
 
 /// Affine weights with at most this many rows are multiplied in f32: router-like and recurrence projections, whose
 /// errors weigh more than their cost.
 const SMALL_ROWS: usize = 64;
+
+/// Quantised rows from which on a matrix unit multiplies them, where there is one.
+const WIDE_FROM: usize = 3;
 
 /// A packed linear weight.
 pub struct Weight {
@@ -127,8 +132,15 @@ pub(crate) unsafe fn products(cx: Context<'_>, list: &[Product<'_>], sink: &(dyn
     let total: usize = list.iter().map(|p| p.layout.tiles()).sum();
     let rows = list.iter().map(|p| p.rows.len()).max().unwrap_or(0);
     // Long runs for streams; with many rows, as many tiles as stay in L2 beside the activations.
-    let most = if rows <= 4 { 64 } else { 8 };
-    let size = total.div_ceil(cx.pool.threads() * 4).clamp(1, most);
+    // Gathered rows serve as many as there are.
+    let (most, parts) = if rows <= 4 {
+        (64, 4)
+    } else if cx.k.wide {
+        (32, 2)
+    } else {
+        (8, 4)
+    };
+    let size = total.div_ceil(cx.pool.threads() * parts).clamp(1, most);
     cx.pool.ranges(total, size, &|range| {
         let mut start = 0;
         for (index, product) in list.iter().enumerate() {
@@ -148,13 +160,15 @@ unsafe fn run_tiles(cx: Context<'_>, index: usize, product: &Product<'_>, run: s
     let bytes = product.layout.tile_bytes() * product.per;
     for (chunk, rows) in product.rows.chunks(MAX_ROWS).enumerate() {
         let n = rows.len();
+        // SAFETY: the caller vouches for the rows.
+        let together = unsafe { Together::of(cx, &product.acts, rows) };
         let mut tile = run.start;
         while tile < run.end {
-            // A single row does better with two plain tiles at once.
-            let units = if n == 1 && product.per == 1 { 2.min(run.end - tile) } else { 1 };
+            // A single row does better with two plain tiles at once, a matrix unit with two of any kind.
+            let units = if product.per == 1 && (n == 1 || together.is_some()) { 2.min(run.end - tile) } else { 1 };
             let count = units * product.per;
             // SAFETY: `tile` lies inside the matrix; the buffer holds two tiles of MAX_ROWS rows.
-            unsafe { compute(cx, product, product.data.add(tile * bytes), count, rows, buffer.as_mut_ptr()) };
+            unsafe { compute(cx, product, product.data.add(tile * bytes), count, rows, together.as_ref(), buffer.as_mut_ptr()) };
             for unit in 0..units {
                 let values = &buffer[unit * product.per * n * LANES..][..product.per * n * LANES];
                 sink(&Done { product: index, tile: tile + unit, first: chunk * MAX_ROWS, n, values });
@@ -164,19 +178,55 @@ unsafe fn run_tiles(cx: Context<'_>, index: usize, product: &Product<'_>, run: s
     }
 }
 
+/// Rows gathered for a matrix unit, in memory that goes back to the thread.
+struct Together {
+    rows: WideRows,
+    memory: AlignedBytes,
+}
+
+thread_local!(static TOGETHER: Cell<AlignedBytes> = Cell::default());
+
+impl Together {
+    /// `None` where other kernels multiply them.
+    ///
+    /// # Safety
+    /// `rows` are rows of `acts`.
+    unsafe fn of(cx: Context<'_>, acts: &Acts, rows: &[u32]) -> Option<Self> {
+        let Acts::Quant(acts) = acts else { return None };
+        if !cx.k.wide || rows.len() < WIDE_FROM {
+            return None;
+        }
+        let (mut memory, bytes) = (TOGETHER.take(), WideRows::bytes(acts, rows.len()));
+        if memory.len() < bytes {
+            memory = AlignedBytes::zeroed(bytes);
+        }
+        let wide = WideRows::new(acts, rows.len(), &mut memory);
+        // SAFETY: the caller's promise, and `wide` was made for these.
+        unsafe { (cx.k.gather)(acts, rows, &wide) };
+        Some(Self { rows: wide, memory })
+    }
+}
+
+impl Drop for Together {
+    fn drop(&mut self) {
+        TOGETHER.set(std::mem::take(&mut self.memory));
+    }
+}
+
 /// `count` tiles at `data` times `rows`, to `[count][rows][16]`.
-unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count: usize, rows: &[u32], out: *mut f32) {
+unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count: usize, rows: &[u32], together: Option<&Together>, out: *mut f32) {
     let layout = &product.layout;
     // SAFETY: as the caller vouches; tiles lie one after another.
     unsafe {
-        match &product.acts {
-            Acts::Plain(x) => (cx.k.plain_tiles)(layout, data, count, x, rows, out),
-            Acts::Quant(x) => {
+        match (&product.acts, together) {
+            (Acts::Plain(x), _) => (cx.k.plain_tiles)(layout, data, count, x, rows, out),
+            (Acts::Quant(x), Some(wide)) => (cx.k.wide_tiles)(cx.k.unpack_panel, layout, (data, count), x, rows, &wide.rows, out),
+            (Acts::Quant(x), None) => {
                 for t in 0..count {
                     (cx.k.quant_tile)(cx.k.unpack_panel, layout, data.add(t * layout.tile_bytes()), x, rows, out.add(t * rows.len() * LANES));
                 }
             }
-            Acts::Exact(x) => with_scratch(layout.cols * LANES * count, |wide| {
+            (Acts::Exact(x), _) => with_scratch(layout.cols * LANES * count, |wide| {
                 for t in 0..count {
                     (cx.k.dequantise_tile)(cx.k.unpack_panel, layout, data.add(t * layout.tile_bytes()), wide.as_mut_ptr().add(t * layout.cols * LANES));
                 }
