@@ -55,7 +55,7 @@ fn together((run, macs): Loop, threads: usize) -> f64 {
 fn bare_f32(set: KernelSet) -> Option<Loop> {
     match set {
         #[cfg(target_arch = "x86_64")]
-        KernelSet::Avx2 => Some((fma_avx2, 12 * 8)),
+        KernelSet::Avx2 | KernelSet::AvxVnni => Some((fma_avx2, 12 * 8)),
         #[cfg(target_arch = "x86_64")]
         KernelSet::Avx512 | KernelSet::Vnni | KernelSet::Amx => Some((fma_avx512, 12 * 16)),
         #[cfg(target_arch = "aarch64")]
@@ -68,6 +68,8 @@ fn bare(set: KernelSet) -> Option<Loop> {
     match set {
         #[cfg(target_arch = "x86_64")]
         KernelSet::Avx2 => Some((avx2, 16 * 32)),
+        #[cfg(target_arch = "x86_64")]
+        KernelSet::AvxVnni => Some((avx_vnni, 12 * 32)),
         #[cfg(target_arch = "x86_64")]
         KernelSet::Avx512 => Some((avx512, 16 * 64)),
         #[cfg(target_arch = "x86_64")]
@@ -218,21 +220,37 @@ unsafe fn amx(passes: u64) {
         );
     }
 }
-/// AVX2 has no registers 16 and up.
+/// The same without registers 16 and up, which these sets lack.
 #[cfg(target_arch = "x86_64")]
-macro_rules! fma {
-    ($acc:literal) => {
-        concat!("vfmadd231ps ymm", $acc, ", ymm0, ymm1")
+macro_rules! twelve_low {
+    ($name:ident, $feature:literal, $op:literal) => {
+        define_loop!(
+            $name,
+            $feature,
+            "dec {n}\njnz 2b",
+            [
+                concat!($op, " ymm2, ymm0, ymm1"),
+                concat!($op, " ymm3, ymm0, ymm1"),
+                concat!($op, " ymm4, ymm0, ymm1"),
+                concat!($op, " ymm5, ymm0, ymm1"),
+                concat!($op, " ymm6, ymm0, ymm1"),
+                concat!($op, " ymm7, ymm0, ymm1"),
+                concat!($op, " ymm8, ymm0, ymm1"),
+                concat!($op, " ymm9, ymm0, ymm1"),
+                concat!($op, " ymm10, ymm0, ymm1"),
+                concat!($op, " ymm11, ymm0, ymm1"),
+                concat!($op, " ymm12, ymm0, ymm1"),
+                concat!($op, " ymm13, ymm0, ymm1"),
+            ],
+            ["ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11", "ymm12", "ymm13"]
+        );
     };
 }
 #[cfg(target_arch = "x86_64")]
-define_loop!(
-    fma_avx2,
-    "avx2,fma",
-    "dec {n}\njnz 2b",
-    [fma!("2"), fma!("3"), fma!("4"), fma!("5"), fma!("6"), fma!("7"), fma!("8"), fma!("9"), fma!("10"), fma!("11"), fma!("12"), fma!("13")],
-    ["ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11", "ymm12", "ymm13"]
-);
+twelve_low!(fma_avx2, "avx2,fma", "vfmadd231ps");
+// Without the prefix the instruction of AVX-512 would be meant.
+#[cfg(target_arch = "x86_64")]
+twelve_low!(avx_vnni, "avxvnni", "{{vex}} vpdpbusd");
 #[cfg(target_arch = "aarch64")]
 twelve!(
     fmla,

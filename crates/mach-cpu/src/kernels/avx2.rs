@@ -12,7 +12,7 @@ type F = [__m256; 2];
 type I = [__m256i; 2];
 
 #[inline(always)]
-unsafe fn load_bytes(p: *const u8) -> __m256i {
+pub(super) unsafe fn load_bytes(p: *const u8) -> __m256i {
     _mm256_loadu_si256(p.cast())
 }
 
@@ -27,7 +27,7 @@ unsafe fn pair_sum_f16(v: F) -> __m256 {
 /// Keeps the sums in registers from line to line: left alone, the compiler interleaves lines and spills them.
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn pin(sums: &mut [__m256i; 2]) {
+pub(super) unsafe fn pin(sums: &mut [__m256i; 2]) {
     asm!("/* {0} {1} */", inout(ymm_reg) sums[0], inout(ymm_reg) sums[1], options(pure, nomem, nostack, preserves_flags));
 }
 
@@ -44,7 +44,7 @@ unsafe fn anew<const R: usize>(mut x: [*const i8; R]) -> [*const i8; R] {
 
 /// Half a line of each of the four columns' numbers of 16 columns of 6 bits.
 #[inline(always)]
-unsafe fn six_bits(w: *const u8) -> [__m256i; 4] {
+pub(super) unsafe fn six_bits(w: *const u8) -> [__m256i; 4] {
     let (nibble, two) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
     let (a, b, high) = (load_bytes(w), load_bytes(w.add(64)), load_bytes(w.add(128)));
     let join = |low: __m256i, high: __m256i| _mm256_or_si256(_mm256_and_si256(low, nibble), _mm256_and_si256(high, two));
@@ -295,7 +295,6 @@ impl Simd for Avx2 {
         let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a[0], a[1]));
         _mm_storeu_si128(p.cast(), _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words)));
     }
-    const I16: bool = true;
     #[inline(always)]
     unsafe fn store_i16(p: *mut i16, a: I) {
         let pairs = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
@@ -310,6 +309,7 @@ impl Simd for Avx2 {
 
 impl Kernel for Avx2 {
     type V = Self;
+    const I16: bool = true;
     const UNPACKS: bool = true;
 
     /// The even bytes of a row's four, then the odd ones, each with two integers: sums in i32 from the start.

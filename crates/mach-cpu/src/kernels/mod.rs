@@ -26,6 +26,8 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
@@ -56,6 +58,8 @@ pub enum KernelSet {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// AVX2 with AVX-VNNI, as client processors have it.
+    AvxVnni,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
     /// AVX-512 with VNNI.
@@ -72,13 +76,14 @@ pub enum KernelSet {
 
 impl KernelSet {
     /// All sets, the plainest first.
-    pub const ALL: [Self; 8] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Vnni, Self::Amx, Self::Neon, Self::NeonDot, Self::NeonI8mm];
+    pub const ALL: [Self; 9] = [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Vnni, Self::Amx, Self::Neon, Self::NeonDot, Self::NeonI8mm];
 
     /// The name that `MACH_KERNELS` and the signal line use.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
             Self::Vnni => "vnni",
             Self::Amx => "amx",
@@ -104,6 +109,8 @@ impl KernelSet {
             Self::Scalar => Some(&SCALAR),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => has_avx2().then_some(&AVX2),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => (has_avx2() && is_x86_feature_detected!("avxvnni")).then_some(&AVX_VNNI),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => has_avx512().then_some(&AVX512),
             #[cfg(target_arch = "x86_64")]
@@ -140,7 +147,7 @@ fn has_avx512() -> bool {
 macro_rules! for_all_kernels {
     ($callback:ident!($($extra:tt)*)) => {
         $callback! { ($($extra)*)
-            V products::quantise_row(to: &QuantRows, row: usize);
+            K products::quantise_row(to: &QuantRows, row: usize);
             V unpack::unpack_panel(layout: &PackedLayout, tile: *const u8, first: usize, columns: usize, block: usize, codes: *mut u8, scales: *mut f32);
             K products::quant_tile(unpack: UnpackPanel, layout: &PackedLayout, tile: *const u8, acts: &QuantRows, rows: &[u32], out: *mut f32);
             V wide::gather(acts: &QuantRows, rows: &[u32], to: &WideRows);
@@ -218,6 +225,8 @@ macro_rules! define_function {
 for_all_kernels!(define_table!(SCALAR, Scalar, scalar::Scalar));
 #[cfg(target_arch = "x86_64")]
 for_all_kernels!(define_table!(AVX2, Avx2, avx2::Avx2, "avx2,fma,f16c"));
+#[cfg(target_arch = "x86_64")]
+for_all_kernels!(define_table!(AVX_VNNI, AvxVnni, avx_vnni::AvxVnni, "avx2,fma,f16c,avxvnni"));
 #[cfg(target_arch = "x86_64")]
 for_all_kernels!(define_table!(AVX512, Avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"));
 #[cfg(target_arch = "x86_64")]

@@ -92,22 +92,22 @@ const TOP: f32 = 127.0;
 /// # Safety
 /// All of `to` is writable for that row; `x` has `to.cols` values, a multiple of the block.
 #[inline(always)]
-pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
+pub(crate) unsafe fn quantise_row<K: Kernel>(to: &QuantRows, row: usize) {
     let (x, cols, block) = (*to.x.add(row), to.cols, to.block);
     // The mean of |x| without what is far above it, by two passes.
-    let mut total = V::splat(0.0);
+    let mut total = K::V::splat(0.0);
     for c in (0..cols).step_by(LANES) {
-        total = V::add(total, V::abs(V::load(x.add(c))));
+        total = K::V::add(total, K::V::abs(K::V::load(x.add(c))));
     }
-    let limit = V::splat(4.0 * (V::sum(total) / cols as f32));
-    let (mut kept, mut count) = (V::splat(0.0), V::splat(0.0));
+    let limit = K::V::splat(4.0 * (K::V::sum(total) / cols as f32));
+    let (mut kept, mut count) = (K::V::splat(0.0), K::V::splat(0.0));
     for c in (0..cols).step_by(LANES) {
-        let a = V::abs(V::load(x.add(c)));
-        kept = V::add(kept, V::zero_where_gt(a, limit, a));
-        count = V::add(count, V::zero_where_gt(a, limit, V::splat(1.0)));
+        let a = K::V::abs(K::V::load(x.add(c)));
+        kept = K::V::add(kept, K::V::zero_where_gt(a, limit, a));
+        count = K::V::add(count, K::V::zero_where_gt(a, limit, K::V::splat(1.0)));
     }
-    let mean = V::sum(kept) / V::sum(count);
-    let threshold = V::splat(if mean > 0.0 { OUTLIER * mean } else { f32::INFINITY });
+    let mean = K::V::sum(kept) / K::V::sum(count);
+    let threshold = K::V::splat(if mean > 0.0 { OUTLIER * mean } else { f32::INFINITY });
 
     let planes = to.planes;
     let top = if planes == 2 { TOP * 256.0 } else { TOP };
@@ -117,7 +117,7 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
     for word in 0..to.words() {
         let mut bits = 0;
         for c in (word * 64..cols.min(word * 64 + 64)).step_by(LANES) {
-            bits |= u64::from(V::gt_bits(V::abs(V::load(x.add(c))), threshold)) << (c % 64);
+            bits |= u64::from(K::V::gt_bits(K::V::abs(K::V::load(x.add(c))), threshold)) << (c % 64);
         }
         *mask.add(word) = bits;
         outliers += bits.count_ones();
@@ -127,13 +127,13 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
     for b in 0..to.blocks() {
         let at = x.add(b * block);
         // Integer maximum of the bits, so that a NaN is seen everywhere alike.
-        let mut largest = V::splat_i(0);
+        let mut largest = K::V::splat_i(0);
         for c in (0..block).step_by(LANES) {
-            let v = V::load(at.add(c));
-            let a = V::abs(v);
-            largest = V::max_i(largest, V::bits(V::zero_where_gt(a, threshold, a)));
+            let v = K::V::load(at.add(c));
+            let a = K::V::abs(v);
+            largest = K::V::max_i(largest, K::V::bits(K::V::zero_where_gt(a, threshold, a)));
         }
-        let amax = f32::from_bits(V::largest_i(largest) as u32);
+        let amax = f32::from_bits(K::V::largest_i(largest) as u32);
         let (scale, inverse) = if amax.is_finite() && amax > 1e-30 {
             (amax / top, top / amax)
         } else if amax.is_finite() {
@@ -141,27 +141,27 @@ pub(crate) unsafe fn quantise_row<V: Simd>(to: &QuantRows, row: usize) {
         } else {
             (f32::NAN, f32::NAN)
         };
-        let mut sums = [V::splat_i(0); 2];
+        let mut sums = [K::V::splat_i(0); 2];
         for c in (0..block).step_by(LANES) {
-            let v = V::load(at.add(c));
-            let v = V::zero_where_gt(V::abs(v), threshold, v);
-            let i = if inverse.is_nan() { V::splat_i(0) } else { V::round(V::mul(v, V::splat(inverse))) };
+            let v = K::V::load(at.add(c));
+            let v = K::V::zero_where_gt(K::V::abs(v), threshold, v);
+            let i = if inverse.is_nan() { K::V::splat_i(0) } else { K::V::round(K::V::mul(v, K::V::splat(inverse))) };
             let parts = if planes == 2 {
                 // Both planes offset by 128, so that shifting and masking split them.
-                let (offset, back) = (V::add_i(i, V::splat_i(128 * 256 + 128)), V::splat_i(-128));
-                [V::add_i(V::shr_i(offset, 8), back), V::add_i(V::and_i(offset, V::splat_i(255)), back)]
+                let (offset, back) = (K::V::add_i(i, K::V::splat_i(128 * 256 + 128)), K::V::splat_i(-128));
+                [K::V::add_i(K::V::shr_i(offset, 8), back), K::V::add_i(K::V::and_i(offset, K::V::splat_i(255)), back)]
             } else {
                 [i; 2]
             };
-            if V::I16 && planes == 2 {
-                V::store_i16(to.whole.cast_mut().add(row * cols + b * block + c), i);
+            if K::I16 && planes == 2 {
+                K::V::store_i16(to.whole.cast_mut().add(row * cols + b * block + c), i);
             }
             for plane in 0..planes {
-                V::store_i8(q.add(plane * cols + b * block + c), parts[plane]);
-                sums[plane] = V::add_i(sums[plane], parts[plane]);
+                K::V::store_i8(q.add(plane * cols + b * block + c), parts[plane]);
+                sums[plane] = K::V::add_i(sums[plane], parts[plane]);
             }
         }
-        let (sums, at) = ([V::sum_i(sums[0]), V::sum_i(sums[1])], row * to.blocks() + b);
+        let (sums, at) = ([K::V::sum_i(sums[0]), K::V::sum_i(sums[1])], row * to.blocks() + b);
         *to.scale.cast_mut().add(at) = scale;
         *to.bias.cast_mut().add(at) = scale * if planes == 2 { 256 * sums[0] + sums[1] } else { sums[0] } as f32;
         for plane in 0..planes {
@@ -225,13 +225,18 @@ unsafe fn quant_planes<K: Kernel, const PLANES: usize>(tile: &Tile<'_>, acts: &Q
     }
 }
 
+/// Whether weights of `bits` bits are taken apart where many rows share them. Integers of 16 bits times bytes take half the
+/// instructions of two planes times nibbles. With planes, nibbles are taken apart about as fast as bytes are loaded, but scales, too,
+/// are then computed once for all rows: with the fewer instructions of AVX-VNNI that shows.
+const fn many_apart<K: Kernel>(bits: u8, planes: usize) -> bool {
+    K::UNPACKS && (bits == 6 || bits == 4 && (K::I16 && planes == 2 || K::UNPACKS_NIBBLES))
+}
+
 #[inline(always)]
 unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: usize>(tile: &Tile<'_>, acts: &QuantRows, rows: &[u32], out: *mut f32) {
     let blocks = acts.cols / BLK;
-    // Integers of 16 bits times bytes take half the instructions of two planes times nibbles; with planes, nibbles are taken
-    // apart as fast as bytes are loaded.
-    let many = BITS == 6 && rows.len() >= UNPACK_FROM[0] || BITS == 4 && K::V::I16 && PLANES == 2 && rows.len() >= UNPACK_FROM[1];
-    let unpack = BITS == APART || K::UNPACKS && many;
+    let many = const { many_apart::<K>(BITS, PLANES) } && rows.len() >= UNPACK_FROM[usize::from(BITS == 4)];
+    let unpack = BITS == APART || many;
     let mut unpacked = Unpacked { codes: [MaybeUninit::uninit(); _], scales: [MaybeUninit::uninit(); _] };
     let columns = if unpack { UNPACKED_PANEL } else { PANEL };
     for first in (0..blocks).step_by(columns / BLK) {
@@ -245,8 +250,8 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
             let (rest, to) = (&rows[i..], out.add(i * LANES));
             let (format, panel) = (tile.format, panel.clone());
             // Conditions in `const` leave no code behind where they do not hold.
-            if const { BITS == APART || K::UNPACKS && (BITS == 6 || BITS == 4 && K::V::I16) } && unpack {
-                i += if const { K::V::I16 && PLANES == 2 } {
+            if const { BITS == APART || many_apart::<K>(BITS, PLANES) } && unpack {
+                i += if const { K::I16 && PLANES == 2 } {
                     next_rows::<K, 1, BITS, BLK, true, true>(format, &unpacked, acts, rest, panel, to)
                 } else {
                     next_rows::<K, PLANES, BITS, BLK, false, true>(format, &unpacked, acts, rest, panel, to)
@@ -254,7 +259,7 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
                 continue;
             }
             if const { BITS != APART } {
-                i += if const { K::V::I16 && PLANES == 2 && BITS == 8 } {
+                i += if const { K::I16 && PLANES == 2 && BITS == 8 } {
                     next_rows::<K, 1, BITS, BLK, true, false>(format, &unpacked, acts, rest, panel, to)
                 } else {
                     next_rows::<K, PLANES, BITS, BLK, false, false>(format, &unpacked, acts, rest, panel, to)
@@ -301,6 +306,7 @@ unsafe fn next_rows<K: Kernel, const PLANES: usize, const BITS: u8, const BLK: u
     match rows.len() * PLANES {
         1 => quant_rows::<K, PLANES, BITS, BLK, 1, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
         2 | 3 => quant_rows::<K, PLANES, BITS, BLK, 2, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
+        6.. if const { K::TOGETHER == 6 } => quant_rows::<K, PLANES, BITS, BLK, 6, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
         8.. if const { K::TOGETHER == 8 } => quant_rows::<K, PLANES, BITS, BLK, 8, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
         _ => quant_rows::<K, PLANES, BITS, BLK, 4, WHOLE, UNPACKED>(format, unpacked, acts, rows, panel, out),
     }

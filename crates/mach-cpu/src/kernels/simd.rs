@@ -114,12 +114,10 @@ pub(crate) trait Simd: Copy + 'static {
     /// Stores the lanes, all from −128 to 127, as bytes.
     unsafe fn store_i8(p: *mut i8, a: Self::I);
 
-    /// Whether the set multiplies bytes by integers of 16 bits ([`Kernel::dot_i16`]).
-    const I16: bool = false;
     /// Stores the lanes as i16, of every four the first and third before the others.
     ///
     /// # Safety
-    /// Only where `I16`.
+    /// Only where [`Kernel::I16`].
     #[inline(always)]
     unsafe fn store_i16(_p: *mut i16, _a: Self::I) {}
 
@@ -139,10 +137,13 @@ pub(crate) trait Kernel: 'static {
     /// Needs the instruction set; `w` is valid for the lines of `BLK` columns, each `x[r]` for `BLK` bytes.
     unsafe fn dot<const BITS: u8, const BLK: usize, const R: usize>(w: *const u8, x: [*const i8; R], sums: [i32; R]) -> [<Self::V as Simd>::I; R];
 
+    /// Whether the set multiplies bytes by integers of 16 bits ([`Kernel::dot_i16`]).
+    const I16: bool = false;
+
     /// Exact `Σ_k q[row][k] · x[r][k]` of byte weights and integers as [`Simd::store_i16`] wrote them.
     ///
     /// # Safety
-    /// As [`Kernel::dot`]; only where [`Simd::I16`].
+    /// As [`Kernel::dot`]; only where [`Kernel::I16`].
     #[inline(always)]
     unsafe fn dot_i16<const BLK: usize, const R: usize>(_w: *const u8, _x: [*const i16; R]) -> [<Self::V as Simd>::I; R] {
         [Self::V::splat_i(0); R]
@@ -154,8 +155,11 @@ pub(crate) trait Kernel: 'static {
     /// Needs the instruction set; `x` is valid for eight bytes.
     unsafe fn add_eight(acc: <Self::V as Simd>::I, codes: [<Self::V as Simd>::I; 2], x: *const i8) -> <Self::V as Simd>::I;
 
-    /// Whether numbers of 4 and 6 bits are taken apart where many rows share them, and [`Kernel::add_eight`] multiplies those that are apart.
+    /// Whether numbers of 6 bits, and of 4 for [`Kernel::dot_i16`], are taken apart where many rows share them, and [`Kernel::add_eight`]
+    /// multiplies those that are apart.
     const UNPACKS: bool = false;
+    /// Whether numbers of 4 bits are taken apart for planes of bytes too.
+    const UNPACKS_NIBBLES: bool = false;
 
     /// Activation rows that [`Kernel::dot`] takes at most: fewer leave multipliers idle, more do not fit into registers.
     const TOGETHER: usize = 4;
