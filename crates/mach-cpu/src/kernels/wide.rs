@@ -76,7 +76,7 @@ pub(crate) unsafe fn gather<V: Simd>(acts: &QuantRows, rows: &[u32], to: &WideRo
                 match size {
                     64 => V::store_i(into.add(j * step).cast(), V::load_i(from.add(j * 64).cast())),
                     32 => std::ptr::copy_nonoverlapping(from.add(j * 32), into.add(j * step), 32),
-                    _ => std::ptr::copy_nonoverlapping(from.add(j * 16), into.add(j * step), 16),
+                    _ => std::ptr::copy_nonoverlapping(from.add(j * size), into.add(j * step), size),
                 }
             }
         }
@@ -109,10 +109,8 @@ pub(crate) unsafe fn wide_tiles<K: Kernel>(
         match (acts.planes, acts.block) {
             (2, 64) => panels::<K, 2, 64>(unpack, layout, tiles, count, acts, wide, out),
             (2, 32) => panels::<K, 2, 32>(unpack, layout, tiles, count, acts, wide, out),
-            (2, _) => panels::<K, 2, 16>(unpack, layout, tiles, count, acts, wide, out),
-            (_, 64) => panels::<K, 1, 64>(unpack, layout, tiles, count, acts, wide, out),
-            (_, 32) => panels::<K, 1, 32>(unpack, layout, tiles, count, acts, wide, out),
-            _ => panels::<K, 1, 16>(unpack, layout, tiles, count, acts, wide, out),
+            (1, 64) => panels::<K, 1, 64>(unpack, layout, tiles, count, acts, wide, out),
+            (planes, block) => unreachable!("{planes} planes in blocks of {block} go through other kernels"),
         }
         for t in 0..count {
             let tile = Tile { format: Blocks::of(layout, tiles.add(t * layout.tile_bytes())), layout, unpack };
