@@ -16,9 +16,9 @@ const ROWS: [usize; 2] = [1, 32];
 type Times = [f64; ROWS.len()];
 /// 4-bit weights as experts have them, small enough for L2: as many output rows as share what is done once for a run of tiles.
 const FORMAT: WeightFormat = WeightFormat::Affine { bits: 4, group: 64, scales: ScaleType::F16 };
-const SHAPE: [usize; 2] = [32 * LANES, 2048];
+const SHAPE: [usize; 2] = [16 * LANES, 2048];
 /// All sets in turn so many times, so that the first has not the only slow start.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 2;
 /// A set runs for so long before it is timed: clocks take this long to follow wide instructions, and to come back.
 const WARM: Duration = Duration::from_micros(800);
 /// Products of each of [`ROWS`] are repeated for so long; the fastest counts.
@@ -27,7 +27,7 @@ const TIMED: Duration = Duration::from_micros(400);
 const GAIN: f64 = 0.95;
 
 impl KernelSet {
-    /// The set to use when none is asked for: the fastest of those that this processor has, timed once for some 50 ms where
+    /// The set to use when none is asked for: the fastest of those that this processor has, timed once for some 30 ms where
     /// there are several. A set whose bytes are not those of the plainest is left out.
     pub fn automatic() -> Self {
         static CHOSEN: OnceLock<KernelSet> = OnceLock::new();
