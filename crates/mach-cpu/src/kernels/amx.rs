@@ -1,5 +1,5 @@
 //! AMX int8: a block of a packed tile is a B tile (16 rows of K groups × 16 output rows × 4 bytes) once its numbers are
-//! taken apart, activation rows are the A tile as they lie, and `tdpbsud` gives 16 × 16 exact sums. One or two rows go by VNNI.
+//! taken apart, activation rows are the A tile once they are gathered, and `tdpbsud` gives 16 × 16 exact sums. Few rows go by VNNI.
 
 use std::arch::asm;
 use std::arch::x86_64::*;

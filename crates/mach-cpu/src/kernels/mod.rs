@@ -49,7 +49,7 @@ pub(crate) use products::{MAX_ROWS, QuantRows};
 pub(crate) use recurrence::DeltaHead;
 pub(crate) use simd::LANES;
 pub(crate) use unpack::UnpackPanel;
-pub(crate) use wide::WideRows;
+pub(crate) use wide::{WideRows, wide_from};
 
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -182,11 +182,7 @@ pub(crate) unsafe fn quant_tile<K: Kernel>(unpack: UnpackPanel, layout: &PackedL
     } else {
         quant_planes::<K, 1>(&tile, acts, rows, out);
     }
-    for (i, &row) in rows.iter().enumerate() {
-        if *acts.outliers.add(row as usize) > 0 {
-            add_outliers::<K::V>(&tile, acts, row as usize, out.add(i * LANES));
-        }
-    }
+    add_outliers::<K::V>(&tile, acts, rows, out);
 }
 
 /// A tile, and what takes it apart.
@@ -436,9 +432,15 @@ unsafe fn add_blocks<V: Simd, const PLANES: usize, const P: usize>(
     acc: &mut [V::F; P],
 ) {
     for r in 0..P / PLANES {
-        let isum = if const { PLANES == 2 } { V::add_i(V::shl_i::<8>(isum[2 * r]), isum[2 * r + 1]) } else { isum[r] };
+        let isum = if const { PLANES == 2 } { joined::<V>(isum[2 * r], isum[2 * r + 1]) } else { isum[r] };
         acc[r] = add_block::<V>(acts, rows[r] as usize * blocks + j, isum, scale, bias, acc[r]);
     }
+}
+
+/// Sums of integers of 16 bits by those of their planes.
+#[inline(always)]
+pub(super) unsafe fn joined<V: Simd>(high: V::I, low: V::I) -> V::I {
+    V::add_i(V::shl_i::<8>(high), low)
 }
 
 /// One block of one row: scaled integers, then the bias.
@@ -453,9 +455,18 @@ pub(super) unsafe fn scaled<V: Simd>((scale, bias): (V::F, V::F), (xs, xb): (V::
     V::fma(bias, xb, V::fma(scale, V::mul(xs, V::to_f(isum)), acc))
 }
 
-/// Adds the columns that were left out of the blocks, in f32.
+/// Adds the columns of `rows` that were left out of the blocks, in f32.
 #[inline(always)]
-pub(super) unsafe fn add_outliers<V: Simd>(tile: &Tile<'_>, acts: &QuantRows, row: usize, out: *mut f32) {
+pub(super) unsafe fn add_outliers<V: Simd>(tile: &Tile<'_>, acts: &QuantRows, rows: &[u32], out: *mut f32) {
+    for (i, &row) in rows.iter().enumerate() {
+        if *acts.outliers.add(row as usize) > 0 {
+            add_outliers_of::<V>(tile, acts, row as usize, out.add(i * LANES));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_outliers_of<V: Simd>(tile: &Tile<'_>, acts: &QuantRows, row: usize, out: *mut f32) {
     let (x, format) = (*acts.x.add(row), tile.format);
     let mut acc = V::load(out);
     let (mut last, mut scales) = (usize::MAX, (V::splat(0.0), V::splat(0.0)));

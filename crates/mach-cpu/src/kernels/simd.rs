@@ -199,7 +199,6 @@ pub(crate) trait Kernel: 'static {
 }
 
 /// What a step of a matrix unit reads and writes.
-#[derive(Clone, Copy)]
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // Only x86-64 has a set with a matrix unit.
 pub(crate) struct StepOperands {
     /// Where the sums of before go, `[tile][plane][row]` with room for 16 planes.

@@ -9,15 +9,24 @@ use std::mem::MaybeUninit;
 use mach_format::PackedLayout;
 
 use super::blocks::Blocks;
-use super::products::{QuantRows, Tile, UNPACKED_PANEL, Unpacked, add_outliers, scaled};
+use super::products::{QuantRows, Tile, UNPACKED_PANEL, Unpacked, add_outliers, joined, scaled};
 use super::simd::{Kernel, LANES, Simd, StepOperands};
 use super::unpack::UnpackPanel;
 
 /// Blocks whose sums are on their way: scaled so many blocks after they were begun, and stored halfway.
 const BEHIND: usize = 4;
 
+/// Rows from which on a matrix unit multiplies them, where there is one, by planes and columns of a block: the shorter a block and
+/// the fewer the planes, the more of its time goes to scaling sums, which vector instructions do on their way (measured on a Xeon). What is `None` [`wide_tiles`] does not take.
+pub(crate) const fn wide_from(planes: usize, block: usize) -> Option<usize> {
+    match (planes, block) {
+        (2, 64) => Some(8),
+        (2, 32) | (1, 64) => Some(24),
+        _ => None,
+    }
+}
+
 /// Activation rows as the matrix unit reads them, in groups of at most 16 planes.
-#[derive(Clone, Copy)]
 pub(crate) struct WideRows {
     /// `[groups][blocks][rows of a group][planes][columns of a block]`.
     q: *mut i8,
@@ -27,9 +36,6 @@ pub(crate) struct WideRows {
     /// Rows of a group; the last may have fewer.
     group: usize,
 }
-
-// SAFETY: memory of the thread that made it.
-unsafe impl Sync for WideRows {}
 
 impl WideRows {
     /// Bytes at which the scales begin, and all bytes.
@@ -76,7 +82,7 @@ pub(crate) unsafe fn gather<V: Simd>(acts: &QuantRows, rows: &[u32], to: &WideRo
                 match size {
                     64 => V::store_i(into.add(j * step).cast(), V::load_i(from.add(j * 64).cast())),
                     32 => std::ptr::copy_nonoverlapping(from.add(j * 32), into.add(j * step), 32),
-                    _ => std::ptr::copy_nonoverlapping(from.add(j * size), into.add(j * step), size),
+                    _ => unreachable!("blocks of {size} columns are not gathered"),
                 }
             }
         }
@@ -88,8 +94,8 @@ pub(crate) unsafe fn gather<V: Simd>(acts: &QuantRows, rows: &[u32], to: &WideRo
     }
 }
 
-/// `out[t][i][0..16]` = tile `t` of those that lie beside each other (an address and their number) × quantised row `rows[i]`. `wide` has these rows, gathered;
-/// `unpack` is that of the same set.
+/// `out[t][i][0..16]` = tile `t` of those that lie beside each other (an address and their number) × quantised row `rows[i]`. `wide` has
+/// these rows, gathered; `unpack` is that of the same set.
 ///
 /// # Safety
 /// Only where [`Kernel::WIDE`]. The tiles have `layout.tile_bytes()` bytes each, `rows` are rows of `acts`, `out` has 16 values for each
@@ -114,11 +120,7 @@ pub(crate) unsafe fn wide_tiles<K: Kernel>(
         }
         for t in 0..count {
             let tile = Tile { format: Blocks::of(layout, tiles.add(t * layout.tile_bytes())), layout, unpack };
-            for (i, &row) in rows.iter().enumerate() {
-                if *acts.outliers.add(row as usize) > 0 {
-                    add_outliers::<K::V>(&tile, acts, row as usize, out.add((t * rows.len() + i) * LANES));
-                }
-            }
+            add_outliers::<K::V>(&tile, acts, rows, out.add(t * rows.len() * LANES));
         }
     }
 }
@@ -299,7 +301,7 @@ impl Step<'_> {
                 }
                 if FULL || r < rows {
                     let first = K::V::load_i(sums.add(r * PLANES).cast());
-                    let isum = if const { PLANES == 2 } { K::V::add_i(K::V::shl_i::<8>(first), K::V::load_i(sums.add(r * PLANES + 1).cast())) } else { first };
+                    let isum = if const { PLANES == 2 } { joined::<K::V>(first, K::V::load_i(sums.add(r * PLANES + 1).cast())) } else { first };
                     let (xs, xb) = (K::V::splat(*scales.add(r)), K::V::splat(*scales.add(LANES + r)));
                     let acc = &mut acc[t * most + r];
                     *acc = scaled::<K::V>((scale, bias), (xs, xb), isum, *acc);

@@ -7,22 +7,12 @@ use mach_format::{AlignedBytes, PackedLayout, PackedMatrix, WeightFormat};
 
 use super::quant::QuantBuffer;
 use super::{Context, Shared, grown, with_scratch};
-use crate::kernels::{LANES, MAX_ROWS, PlainRows, QuantRows, WideRows};
+use crate::kernels::{LANES, MAX_ROWS, PlainRows, QuantRows, WideRows, wide_from};
 use crate::tensor::Tensor;
 
 /// Affine weights with at most this many rows are multiplied in f32: router-like and recurrence projections, whose
 /// errors weigh more than their cost.
 const SMALL_ROWS: usize = 64;
-
-/// Rows from which on a matrix unit multiplies them, where there is one, by planes and columns of a block: the shorter a block and
-/// the fewer the planes, the more of its time goes to scaling sums, which vector instructions do on their way (measured on a Xeon).
-const fn wide_from(planes: usize, block: usize) -> Option<usize> {
-    match (planes, block) {
-        (2, 64) => Some(8),
-        (2, 32) | (1, 64) => Some(24),
-        _ => None,
-    }
-}
 
 /// A packed linear weight.
 pub struct Weight {
