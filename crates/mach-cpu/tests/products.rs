@@ -39,7 +39,8 @@ fn kernel_sets_and_threads_agree_on_every_format_and_odd_shapes() {
         };
         for &(out, cols) in shapes {
             let m = random_matrix(&mut rng, out, cols, format);
-            for rows in [1, 2, 3, 5, 27, 67] {
+            // Groups of every size that a matrix unit takes.
+            for rows in [1, 2, 3, 5, 9, 12, 17, 27, 67] {
                 let x = heavy_tailed(&mut rng, rows * cols);
                 for cpus in [&cpus, &cpus8] {
                     let want = product(&cpus[0], &m, &x, rows);
@@ -49,6 +50,33 @@ fn kernel_sets_and_threads_agree_on_every_format_and_odd_shapes() {
                 }
             }
         }
+    }
+}
+
+/// Protects what operations remember of rows that they rounded: not those of before a change, nor those of other columns or rows.
+#[test]
+fn rows_that_changed_are_rounded_anew() {
+    let mut rng = Rng::new(12);
+    let (out, cols, rows) = (48, 256, 20);
+    let format = WeightFormat::Affine { bits: 4, group: 64, scales: ScaleType::F16 };
+    let m = random_matrix(&mut rng, out, cols, format);
+    let (first, second) = (heavy_tailed(&mut rng, rows * cols), heavy_tailed(&mut rng, rows * cols));
+    for used in cpus() {
+        let fresh = |x: &[f32], n: usize| product(&cpu(used.kernel_set(), 1), &m, &x[..n * cols], n);
+        let (w, mut x, mut y) = (used.weight(m.clone()), tensor(&used, cols, &first), used.tensor(rows, out));
+        let mut check = |x: &mach_cpu::Tensor, n: usize, want: &[f32], what: &str| {
+            used.linear(x, n, &mut [(&w, &mut y)]);
+            assert_bytes(&values(&used, &y, n * out), want, &format!("{what}, {}", label(&used)));
+        };
+        check(&x, 3, &fresh(&first, 3), "three rows");
+        check(&x, rows, &fresh(&first, rows), "all, some of them known");
+        used.upload(&mut x, 1, &second[cols..2 * cols]);
+        let mixed: Vec<f32> = [&first[..cols], &second[cols..2 * cols], &first[2 * cols..]].concat();
+        check(&x, rows, &fresh(&mixed, rows), "one row changed");
+        let clone = x.clone();
+        used.upload(&mut x, 0, &second);
+        check(&clone, rows, &fresh(&mixed, rows), "a copy of before");
+        check(&x, rows, &fresh(&second, rows), "all changed");
     }
 }
 

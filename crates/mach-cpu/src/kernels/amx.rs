@@ -92,15 +92,16 @@ macro_rules! product {
     };
 }
 
-/// A step with one tile of weights. Registers of tiles are not renamed: what is loaded next must be others than those in use.
+/// A step with one tile of weights: stores the sums `$before` of the step before. Registers of tiles are not renamed: what is loaded next
+/// must be others than those in use.
 macro_rules! one {
-    ($part:ident, $at:ident, $sums:literal, $x:literal, $w:literal) => {
+    ($part:ident, $at:ident, $sums:literal, $before:literal, $x:literal, $w:literal) => {
         match $part {
-            0 => store!($sums, $at.stored),
-            1 => zero!($sums),
-            4 => load!($x, $at.x, $at.stride),
-            8 => load!($w, $at.w[0], 64_usize),
-            12 => product!($sums, $x, $w),
+            0 => zero!($sums),
+            2 => load!($x, $at.x, $at.stride),
+            4 => load!($w, $at.w[0], 64_usize),
+            6 => product!($sums, $x, $w),
+            11 => store!($before, $at.stored),
             _ => {}
         }
     };
@@ -108,17 +109,17 @@ macro_rules! one {
 
 /// A step with two, which share the activations.
 macro_rules! two {
-    ($part:ident, $at:ident, $first:literal, $second:literal, $x:literal) => {
+    ($part:ident, $at:ident, [$first:literal, $second:literal], [$first_before:literal, $second_before:literal], $x:literal) => {
         match $part {
-            0 => store!($first, $at.stored),
-            1 => zero!($first),
-            2 => load!($x, $at.x, $at.stride),
-            4 => load!("6", $at.w[0], 64_usize),
-            6 => product!($first, $x, "6"),
-            8 => store!($second, $at.stored.add(LANES * LANES)),
-            9 => zero!($second),
-            11 => load!("7", $at.w[1], 64_usize),
-            13 => product!($second, $x, "7"),
+            0 => zero!($first),
+            1 => load!($x, $at.x, $at.stride),
+            2 => load!("6", $at.w[0], 64_usize),
+            4 => product!($first, $x, "6"),
+            5 => zero!($second),
+            6 => load!("7", $at.w[1], 64_usize),
+            8 => product!($second, $x, "7"),
+            10 => store!($first_before, $at.stored),
+            13 => store!($second_before, $at.stored.add(LANES * LANES)),
             _ => {}
         }
     };
@@ -148,18 +149,11 @@ impl Kernel for Amx {
     #[inline(always)]
     unsafe fn step_part<const TILES: usize, const PARITY: usize>(part: usize, at: &StepOperands) {
         match (TILES, PARITY) {
-            (1, 0) => one!(part, at, "0", "4", "6"),
-            (1, _) => one!(part, at, "1", "5", "7"),
-            (_, 0) => two!(part, at, "0", "1", "4"),
-            _ => two!(part, at, "2", "3", "5"),
+            (1, 0) => one!(part, at, "0", "1", "4", "6"),
+            (1, _) => one!(part, at, "1", "0", "5", "7"),
+            (_, 0) => two!(part, at, ["0", "1"], ["2", "3"], "4"),
+            _ => two!(part, at, ["2", "3"], ["0", "1"], "5"),
         }
-    }
-
-    #[inline(always)]
-    unsafe fn store_sums<const TILES: usize, const PARITY: usize>(at: &StepOperands) {
-        // Both are stores of `step_part`.
-        Self::step_part::<TILES, PARITY>(0, at);
-        Self::step_part::<TILES, PARITY>(8 * (TILES - 1), at);
     }
 
     /// The tile registers must be clean before a thread sleeps, or every switch saves 8 KiB.

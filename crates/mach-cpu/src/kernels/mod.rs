@@ -106,23 +106,25 @@ impl KernelSet {
     /// The kernels, if this processor has what they need.
     pub(crate) fn table(self) -> Option<&'static Kernels> {
         match self {
-            Self::Scalar => Some(&SCALAR),
+            Self::Scalar => Some(&scalar_kernels::TABLE),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => has_avx2().then_some(&AVX2),
+            Self::Avx2 => has_avx2().then_some(&avx2_kernels::TABLE),
             #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni => (has_avx2() && is_x86_feature_detected!("avxvnni")).then_some(&AVX_VNNI),
+            Self::AvxVnni => (has_avx2() && is_x86_feature_detected!("avxvnni")).then_some(&avx_vnni_kernels::TABLE),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => has_avx512().then_some(&AVX512),
+            Self::Avx512 => has_avx512().then_some(&avx512_kernels::TABLE),
             #[cfg(target_arch = "x86_64")]
-            Self::Vnni => (has_avx512() && is_x86_feature_detected!("avx512vnni")).then_some(&VNNI),
+            Self::Vnni => (has_avx512() && is_x86_feature_detected!("avx512vnni")).then_some(&vnni_kernels::TABLE),
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => (has_avx512() && is_x86_feature_detected!("avx512vnni") && amx::permitted()).then_some(&AMX),
+            Self::Amx => (has_avx512() && is_x86_feature_detected!("avx512vnni") && amx::permitted()).then_some(&amx_kernels::TABLE),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon => Some(&NEON),
+            Self::Neon => Some(&neon_kernels::TABLE),
             #[cfg(target_arch = "aarch64")]
-            Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod").then_some(&NEON_DOT),
+            Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod").then_some(&neon_dot_kernels::TABLE),
             #[cfg(target_arch = "aarch64")]
-            Self::NeonI8mm => (std::arch::is_aarch64_feature_detected!("dotprod") && std::arch::is_aarch64_feature_detected!("i8mm")).then_some(&NEON_I8MM),
+            Self::NeonI8mm => {
+                (std::arch::is_aarch64_feature_detected!("dotprod") && std::arch::is_aarch64_feature_detected!("i8mm")).then_some(&neon_i8mm_kernels::TABLE)
+            }
             #[allow(unreachable_patterns)]
             _ => None,
         }
@@ -187,6 +189,8 @@ macro_rules! define_struct {
             pub set: KernelSet,
             /// Whether the set has a matrix unit: many rows go through `gather` and `wide_tiles`.
             pub wide: bool,
+            /// Whether it multiplies integers of 16 bits, which are then stored beside their planes.
+            pub i16: bool,
             $(pub $name: unsafe fn($($ty),*),)*
         }
     };
@@ -203,17 +207,22 @@ macro_rules! generic {
 }
 
 macro_rules! define_table {
-    (($table:ident, $set:ident, $kernel:ty $(, $feature:literal)?) $($rest:tt)*) => {
-        static $table: Kernels = {
-            define_functions! { $kernel, ($($feature)?), $set, $($rest)* }
-        };
+    // A module each, so that the compiler works on several sets at once.
+    (($module:ident, $set:ident, $kernel:ty $(, $feature:literal)?) $($rest:tt)*) => {
+        mod $module {
+            use super::*;
+
+            pub(super) static TABLE: Kernels = {
+                define_functions! { $kernel, ($($feature)?), $set, $($rest)* }
+            };
+        }
     };
 }
 
 macro_rules! define_functions {
     ($kernel:ty, $features:tt, $set:ident, $($kind:ident $module:ident::$name:ident($($arg:ident: $ty:ty),*);)*) => {
         $(define_function! { $features unsafe fn $name($($arg: $ty),*) { $module::$name::<generic!($kind $kernel)>($($arg),*) } })*
-        Kernels { set: KernelSet::$set, wide: <$kernel as simd::Kernel>::WIDE, $($name),* }
+        Kernels { set: KernelSet::$set, wide: <$kernel as simd::Kernel>::WIDE, i16: <$kernel as simd::Kernel>::I16, $($name),* }
     };
 }
 
@@ -222,20 +231,20 @@ macro_rules! define_function {
     (() $($function:tt)*) => { $($function)* };
 }
 
-for_all_kernels!(define_table!(SCALAR, Scalar, scalar::Scalar));
+for_all_kernels!(define_table!(scalar_kernels, Scalar, scalar::Scalar));
 #[cfg(target_arch = "x86_64")]
-for_all_kernels!(define_table!(AVX2, Avx2, avx2::Avx2, "avx2,fma,f16c"));
+for_all_kernels!(define_table!(avx2_kernels, Avx2, avx2::Avx2, "avx2,fma,f16c"));
 #[cfg(target_arch = "x86_64")]
-for_all_kernels!(define_table!(AVX_VNNI, AvxVnni, avx_vnni::AvxVnni, "avx2,fma,f16c,avxvnni"));
+for_all_kernels!(define_table!(avx_vnni_kernels, AvxVnni, avx_vnni::AvxVnni, "avx2,fma,f16c,avxvnni"));
 #[cfg(target_arch = "x86_64")]
-for_all_kernels!(define_table!(AVX512, Avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"));
+for_all_kernels!(define_table!(avx512_kernels, Avx512, avx512::Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"));
 #[cfg(target_arch = "x86_64")]
-for_all_kernels!(define_table!(VNNI, Vnni, vnni::Vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"));
+for_all_kernels!(define_table!(vnni_kernels, Vnni, vnni::Vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"));
 #[cfg(target_arch = "x86_64")]
-for_all_kernels!(define_table!(AMX, Amx, amx::Amx, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"));
+for_all_kernels!(define_table!(amx_kernels, Amx, amx::Amx, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"));
 #[cfg(target_arch = "aarch64")]
-for_all_kernels!(define_table!(NEON, Neon, neon::Neon, "neon"));
+for_all_kernels!(define_table!(neon_kernels, Neon, neon::Neon, "neon"));
 #[cfg(target_arch = "aarch64")]
-for_all_kernels!(define_table!(NEON_DOT, NeonDot, neon_dot::NeonDot, "neon,dotprod"));
+for_all_kernels!(define_table!(neon_dot_kernels, NeonDot, neon_dot::NeonDot, "neon,dotprod"));
 #[cfg(target_arch = "aarch64")]
-for_all_kernels!(define_table!(NEON_I8MM, NeonI8mm, neon_i8mm::NeonI8mm, "neon,dotprod,i8mm"));
+for_all_kernels!(define_table!(neon_i8mm_kernels, NeonI8mm, neon_i8mm::NeonI8mm, "neon,dotprod,i8mm"));

@@ -57,8 +57,9 @@ pub(crate) struct QuantRows {
     /// Outliers of each row: how many, and one bit per column.
     pub outliers: *const u32,
     pub mask: *const u64,
-    /// The f32 row of each row.
-    pub x: *const *const f32,
+    /// The f32 rows, `stride` apart.
+    pub x: *const f32,
+    pub stride: usize,
 }
 
 // SAFETY: while rows are quantised each is written by one thread; afterwards they are only read.
@@ -93,7 +94,7 @@ const TOP: f32 = 127.0;
 /// All of `to` is writable for that row; `x` has `to.cols` values, a multiple of the block.
 #[inline(always)]
 pub(crate) unsafe fn quantise_row<K: Kernel>(to: &QuantRows, row: usize) {
-    let (x, cols, block) = (*to.x.add(row), to.cols, to.block);
+    let (x, cols, block) = (to.x.add(row * to.stride), to.cols, to.block);
     // The mean of |x| without what is far above it, by two passes.
     let mut total = K::V::splat(0.0);
     for c in (0..cols).step_by(LANES) {
@@ -239,6 +240,10 @@ unsafe fn quant_blocks<K: Kernel, const PLANES: usize, const BITS: u8, const BLK
         let panel = first..blocks.min(first + columns / BLK);
         if unpack {
             let (codes, scales) = (unpacked.codes.as_mut_ptr().cast(), unpacked.scales.as_mut_ptr().cast());
+            let (from, bytes) = (tile.format.block(first * BLK).0, tile.layout.tile_bytes() / blocks * panel.len());
+            for line in (0..bytes).step_by(64) {
+                K::V::prefetch(from.wrapping_add(PREFETCH + line));
+            }
             (tile.unpack)(tile.layout, tile.format.tile, first * BLK, panel.len() * BLK, BLK, codes, scales);
         }
         let mut i = 0;
@@ -467,7 +472,7 @@ pub(super) unsafe fn add_outliers<V: Simd>(tile: &Tile<'_>, acts: &QuantRows, ro
 
 #[inline(always)]
 unsafe fn add_outliers_of<V: Simd>(tile: &Tile<'_>, acts: &QuantRows, row: usize, out: *mut f32) {
-    let (x, format) = (*acts.x.add(row), tile.format);
+    let (x, format) = (acts.x.add(row * acts.stride), tile.format);
     let mut acc = V::load(out);
     let (mut last, mut scales) = (usize::MAX, (V::splat(0.0), V::splat(0.0)));
     for word in 0..acts.words() {

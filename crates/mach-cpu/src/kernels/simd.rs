@@ -174,21 +174,14 @@ pub(crate) trait Kernel: 'static {
     #[inline(always)]
     unsafe fn begin<const BLK: usize>(_planes: usize) {}
 
-    /// Part `part` of [`LANES`] of a step: stores the sums that the step of this `PARITY` before began, and begins exact products of a
-    /// block of byte weights of `TILES` tiles (1 or 2) with planes of activations. All parts follow each other, with other work between
-    /// them: a processor that takes such instructions apart has nothing else to do meanwhile.
+    /// Part `part` of [`LANES`] of a step: begins exact products of a block of byte weights of `TILES` tiles (1 or 2) with planes of
+    /// activations, and stores the sums that the step before, of the other `PARITY`, began. All parts follow each other, with other work
+    /// between them: a processor that takes such instructions apart has nothing else to do meanwhile.
     ///
     /// # Safety
     /// [`Kernel::begin`] came before, and the operands are valid for what they say.
     #[inline(always)]
     unsafe fn step_part<const TILES: usize, const PARITY: usize>(_part: usize, _at: &StepOperands) {}
-
-    /// Only stores.
-    ///
-    /// # Safety
-    /// As [`Kernel::step_part`].
-    #[inline(always)]
-    unsafe fn store_sums<const TILES: usize, const PARITY: usize>(_at: &StepOperands) {}
 
     /// Comes after the last product.
     ///

@@ -7,7 +7,6 @@ use mach_format::quant::grids::{IQ1, IQ2S, IQ2XS, IQ2XXS, IQ3S, IQ3XXS};
 use mach_format::{Codes, E2M1, IQ4, PackedLayout, UNIT};
 
 use super::blocks::Blocks;
-use super::products::PREFETCH;
 use super::simd::{LANES, Simd};
 
 /// [`unpack_panel`] of one kernel set: products call it instead of having a copy each.
@@ -69,13 +68,8 @@ const IQ1_M: u8 = 24;
 
 #[inline(always)]
 unsafe fn units<V: Simd, const KIND: u8>(format: Blocks, first: usize, columns: usize, codes: *mut u8) {
-    let bytes = format.unit_bytes;
     for u in 0..columns / UNIT {
-        let unit = format.unit(first + u * UNIT);
-        for line in 0..bytes.div_ceil(64) {
-            V::prefetch(unit.wrapping_add(PREFETCH + line * 64));
-        }
-        unpack_unit::<V, KIND>(unit, codes.add(u * UNPACKED_UNIT));
+        unpack_unit::<V, KIND>(format.unit(first + u * UNIT), codes.add(u * UNPACKED_UNIT));
     }
 }
 

@@ -1,8 +1,8 @@
 //! Products of many activation rows by a matrix unit ([`Kernel::WIDE`]): the arithmetic of `products`, integers from tiles.
 //!
 //! Activation rows are gathered once for a run of weight tiles, so that every tile of the unit reads 16 lines that lie beside
-//! each other. Weights are taken apart a panel at a time, whatever their format. Sums of a block are begun, stored two blocks
-//! later and scaled two more later: no step waits for the one before.
+//! each other. Weights are taken apart a panel at a time, whatever their format. Sums of a block are begun, stored a block later
+//! and scaled one more later: no step waits for the one before.
 
 use std::mem::MaybeUninit;
 
@@ -14,14 +14,27 @@ use super::simd::{Kernel, LANES, Simd, StepOperands};
 use super::unpack::UnpackPanel;
 
 /// Blocks whose sums are on their way: scaled so many blocks after they were begun, and stored halfway.
-const BEHIND: usize = 4;
+const BEHIND: usize = 2;
+
+/// `$body` for every number below [`LANES`], which is the constant `$i` in it: what a loop might leave rolled up, and sums in memory.
+macro_rules! unrolled {
+    ($i:ident, $body:block) => {
+        unrolled!(@ $i, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $i:ident, $body:block, $($n:literal)*) => {
+        $({
+            const $i: usize = $n;
+            $body
+        })*
+    };
+}
 
 /// Rows from which on a matrix unit multiplies them, where there is one, by planes and columns of a block: the shorter a block and
 /// the fewer the planes, the more of its time goes to scaling sums, which vector instructions do on their way (measured on a Xeon). What is `None` [`wide_tiles`] does not take.
 pub(crate) const fn wide_from(planes: usize, block: usize) -> Option<usize> {
     match (planes, block) {
-        (2, 64) => Some(8),
-        (2, 32) | (1, 64) => Some(24),
+        (2, 64 | 32) => Some(8),
+        (1, 64 | 32) => Some(12),
         _ => None,
     }
 }
@@ -59,10 +72,11 @@ impl WideRows {
     }
 }
 
-/// How many groups rows make, and how many rows each has: as equal as can be.
+/// How many groups rows make, and how many rows each has: as equal as the numbers that [`panels`] is compiled for allow.
 fn groups(planes: usize, rows: usize) -> (usize, usize) {
-    let groups = rows.div_ceil(LANES / planes);
-    (groups, rows.div_ceil(groups.max(1)))
+    let groups = rows.div_ceil(LANES / planes).max(1);
+    let rows = rows.div_ceil(groups);
+    (groups, if planes == 2 { rows.max(5) } else { rows.next_multiple_of(2).max(10) })
 }
 
 /// Fills `to` with `rows` of `acts`.
@@ -71,25 +85,38 @@ fn groups(planes: usize, rows: usize) -> (usize, usize) {
 /// `to` was made for as many rows of `acts`.
 #[inline(always)]
 pub(crate) unsafe fn gather<V: Simd>(acts: &QuantRows, rows: &[u32], to: &WideRows) {
-    let (blocks, size) = (acts.blocks(), acts.block);
-    let step = to.group * acts.planes * size;
-    for (i, &row) in rows.iter().enumerate() {
-        let (group, place, row) = (i / to.group, i % to.group, row as usize);
-        let into = to.q.add(group * blocks * step + place * acts.planes * size);
-        for plane in 0..acts.planes {
-            let (from, into) = (acts.plane(row, plane, 0), into.add(plane * size));
-            for j in 0..blocks {
-                match size {
-                    64 => V::store_i(into.add(j * step).cast(), V::load_i(from.add(j * 64).cast())),
-                    32 => std::ptr::copy_nonoverlapping(from.add(j * 32), into.add(j * step), 32),
-                    _ => unreachable!("blocks of {size} columns are not gathered"),
+    // Blocks of a row that are copied together: so many lines of a group stay in L1 until all its rows are there.
+    const TOGETHER: usize = 8;
+    let (blocks, size, planes) = (acts.blocks(), acts.block, acts.planes);
+    let step = to.group * planes * size;
+    for (group, rows) in rows.chunks(to.group).enumerate() {
+        let into = to.q.add(group * blocks * step);
+        let scales = to.scales.add(group * blocks * 2 * LANES);
+        for first in (0..blocks).step_by(TOGETHER) {
+            let part = first..blocks.min(first + TOGETHER);
+            for (i, &row) in rows.iter().enumerate() {
+                let row = row as usize;
+                for plane in 0..planes {
+                    let (from, into) = (acts.plane(row, plane, 0), into.add((i * planes + plane) * size));
+                    for j in part.clone() {
+                        match size {
+                            64 => V::store_i(into.add(j * step).cast(), V::load_i(from.add(j * 64).cast())),
+                            32 => std::ptr::copy_nonoverlapping(from.add(j * 32), into.add(j * step), 32),
+                            _ => unreachable!("blocks of {size} columns are not gathered"),
+                        }
+                    }
+                }
+                for j in part.clone() {
+                    *scales.add(j * 2 * LANES + i) = *acts.scale.add(row * blocks + j);
+                    *scales.add((j * 2 + 1) * LANES + i) = *acts.bias.add(row * blocks + j);
                 }
             }
-        }
-        let scales = to.scales.add(group * blocks * 2 * LANES + place);
-        for j in 0..blocks {
-            *scales.add(j * 2 * LANES) = *acts.scale.add(row * blocks + j);
-            *scales.add((j * 2 + 1) * LANES) = *acts.bias.add(row * blocks + j);
+            // Rows that the last group lacks count for nothing.
+            for i in rows.len()..to.group {
+                for j in part.clone() {
+                    (*scales.add(j * 2 * LANES + i), *scales.add((j * 2 + 1) * LANES + i)) = (0.0, 0.0);
+                }
+            }
         }
     }
 }
@@ -112,12 +139,16 @@ pub(crate) unsafe fn wide_tiles<K: Kernel>(
 ) {
     // Conditions in `const` leave no code behind where they do not hold.
     if const { K::WIDE } {
-        match (acts.planes, acts.block) {
-            (2, 64) => panels::<K, 2, 64>(unpack, layout, tiles, count, acts, wide, out),
-            (2, 32) => panels::<K, 2, 32>(unpack, layout, tiles, count, acts, wide, out),
-            (1, 64) => panels::<K, 1, 64>(unpack, layout, tiles, count, acts, wide, out),
-            (planes, block) => unreachable!("{planes} planes in blocks of {block} go through other kernels"),
+        // Calls, not addresses: what is not inlined here has no instruction set.
+        macro_rules! panels {
+            ($($planes:literal $block:literal $rows:literal),*) => {
+                match (acts.planes, acts.block, wide.group) {
+                    $(($planes, $block, $rows) => panels::<K, $planes, $block, $rows>(unpack, layout, tiles, count, acts, wide, out),)*
+                    (planes, block, rows) => unreachable!("groups of {rows} rows of {planes} planes in blocks of {block} go through other kernels"),
+                }
+            };
         }
+        panels!(2 64 5, 2 64 6, 2 64 7, 2 64 8, 2 32 5, 2 32 6, 2 32 7, 2 32 8, 1 64 10, 1 64 12, 1 64 14, 1 64 16, 1 32 10, 1 32 12, 1 32 14, 1 32 16);
         for t in 0..count {
             let tile = Tile { format: Blocks::of(layout, tiles.add(t * layout.tile_bytes())), layout, unpack };
             add_outliers::<K::V>(&tile, acts, rows, out.add(t * rows.len() * LANES));
@@ -133,7 +164,7 @@ struct Panels {
 }
 
 #[inline(always)]
-unsafe fn panels<K: Kernel, const PLANES: usize, const BLK: usize>(
+unsafe fn panels<K: Kernel, const PLANES: usize, const BLK: usize, const ROWS: usize>(
     unpack: UnpackPanel,
     layout: &PackedLayout,
     tiles: *const u8,
@@ -145,7 +176,8 @@ unsafe fn panels<K: Kernel, const PLANES: usize, const BLK: usize>(
     let mut memory = MaybeUninit::<Panels>::uninit();
     let (weights, sums) = (&raw mut (*memory.as_mut_ptr()).weights, &raw mut (*memory.as_mut_ptr()).sums);
     let (blocks, together) = (acts.blocks(), UNPACKED_PANEL / BLK);
-    K::begin::<BLK>(wide.group * PLANES);
+    let block_bytes = layout.tile_bytes() / blocks;
+    K::begin::<BLK>(ROWS * PLANES);
     for first_tile in (0..count).step_by(PLANES) {
         let n = PLANES.min(count - first_tile);
         for first in (0..blocks).step_by(together) {
@@ -155,39 +187,139 @@ unsafe fn panels<K: Kernel, const PLANES: usize, const BLK: usize>(
                 let (codes, scales) = ((&raw mut (*to).codes).cast(), (&raw mut (*to).scales).cast());
                 unpack(layout, tile, first * BLK, panel.len() * BLK, BLK, codes, scales);
             }
+            // What is taken apart next comes while this is multiplied.
+            let next = if panel.end < blocks {
+                tiles.add(first_tile * layout.tile_bytes() + panel.end * block_bytes)
+            } else {
+                tiles.add((first_tile + n) * layout.tile_bytes())
+            };
             // Where there is one tile it takes both places.
-            let pair = [weights.cast::<Unpacked>().cast_const(), weights.cast::<Unpacked>().add(n - 1).cast_const()];
-            let out = [out.add(first_tile * wide.rows * LANES), out.add((first_tile + n - 1) * wide.rows * LANES)];
-            panel_product::<K, PLANES, BLK>(pair, wide, (panel, blocks), sums.cast(), out);
+            let panel = Panel {
+                weights: [weights.cast::<Unpacked>().cast_const(), weights.cast::<Unpacked>().add(n - 1).cast_const()],
+                wide,
+                first,
+                n: panel.len(),
+                blocks,
+                ahead: [next, next.wrapping_add(layout.tile_bytes())],
+                ahead_bytes: panel.len() * block_bytes,
+                sums: sums.cast(),
+                out: [out.add(first_tile * wide.rows * LANES), out.add((first_tile + n - 1) * wide.rows * LANES)],
+            };
+            panel.product::<K, PLANES, BLK, ROWS>();
         }
     }
     K::end();
 }
 
-/// The blocks `panel` of `blocks` for all rows: `PLANES` tiles of weights, added to `out`.
-#[inline(always)]
-unsafe fn panel_product<K: Kernel, const PLANES: usize, const BLK: usize>(
-    weights: [*const Unpacked; 2],
-    wide: &WideRows,
-    (panel, blocks): (std::ops::Range<usize>, usize),
-    sums: *mut TileSums,
-    out: [*mut f32; 2],
-) {
-    let n = panel.len();
-    let steps = wide.rows.div_ceil(wide.group) * n;
-    let cx = Step { weights, wide, first: panel.start, n, blocks, sums, out };
-    let (mut begun, mut done) = (Place::default(), Place::default());
-    let mut acc = [K::V::splat(0.0); LANES];
-    for k in (0..steps + BEHIND).step_by(2) {
-        cx.run::<K, PLANES, BLK, 0>((k, steps), &mut begun, &mut done, &mut acc);
-        if k + 1 < steps + BEHIND {
-            cx.run::<K, PLANES, BLK, 1>((k + 1, steps), &mut begun, &mut done, &mut acc);
-        }
-    }
-}
-
 /// Sums of a block of two tiles.
 type TileSums = [[[i32; LANES]; LANES]; 2];
+
+/// Blocks of `PLANES` tiles of weights, times all rows.
+struct Panel<'a> {
+    weights: [*const Unpacked; 2],
+    wide: &'a WideRows,
+    /// First block of the panel, its blocks, those of the matrix.
+    first: usize,
+    n: usize,
+    blocks: usize,
+    /// Where the panels after it lie, and their bytes.
+    ahead: [*const u8; 2],
+    ahead_bytes: usize,
+    sums: *mut TileSums,
+    out: [*mut f32; 2],
+}
+
+impl Panel<'_> {
+    /// Adds the products to `out`. A step is a block of a group of rows.
+    #[inline(always)]
+    unsafe fn product<K: Kernel, const PLANES: usize, const BLK: usize, const ROWS: usize>(&self) {
+        let groups = self.wide.rows.div_ceil(ROWS);
+        let mut begun = Place::default();
+        let mut operands = |k: usize| {
+            let at = begun;
+            begun = at.next(self.n, groups);
+            StepOperands {
+                stored: self.sums.add((k + 1) % BEHIND).cast(),
+                x: self.wide.q.add((at.group * self.blocks + self.first + at.block) * ROWS * PLANES * BLK),
+                stride: BLK,
+                w: self.weights.map(|w| (&raw const (*w).codes).cast::<u8>().add(at.block * BLK * LANES)),
+            }
+        };
+        let both = [operands(0), operands(1)];
+        unrolled!(PART, { K::step_part::<PLANES, 0>(PART, &both[0]) });
+        unrolled!(PART, { K::step_part::<PLANES, 1>(PART, &both[1]) });
+        let each = self.ahead_bytes.div_ceil(groups * self.n * 64) * 64;
+        let mut k = BEHIND;
+        for group in 0..groups {
+            let (first, rows) = (group * ROWS, ROWS.min(self.wide.rows - group * ROWS));
+            let out = self.out.map(|out| out.add(first * LANES));
+            let mut acc = [[K::V::splat(0.0); ROWS]; PLANES];
+            if self.first > 0 {
+                unrolled!(R, {
+                    if R < ROWS && R < rows {
+                        for t in 0..PLANES {
+                            acc[t][R] = K::V::load(out[t].add(R * LANES));
+                        }
+                    }
+                });
+            }
+            for block in 0..self.n {
+                let (operands, at) = (operands(k), Place { group, block });
+                if k.is_multiple_of(2) {
+                    self.step::<K, PLANES, BLK, ROWS, 0>(k, &operands, at, &mut acc);
+                } else {
+                    self.step::<K, PLANES, BLK, ROWS, 1>(k, &operands, at, &mut acc);
+                }
+                for at in ((k - BEHIND) * each..((k - BEHIND + 1) * each).min(self.ahead_bytes)).step_by(64) {
+                    for ahead in &self.ahead[..PLANES] {
+                        K::V::prefetch(ahead.wrapping_add(at));
+                    }
+                }
+                k += 1;
+            }
+            unrolled!(R, {
+                if R < ROWS && R < rows {
+                    for t in 0..PLANES {
+                        K::V::store(out[t].add(R * LANES), acc[t][R]);
+                    }
+                }
+            });
+        }
+    }
+
+    /// Begins the sums of step `k`, and scales those of [`BEHIND`] steps ago, which are of the block `at`.
+    #[inline(always)]
+    unsafe fn step<K: Kernel, const PLANES: usize, const BLK: usize, const ROWS: usize, const PARITY: usize>(
+        &self,
+        k: usize,
+        operands: &StepOperands,
+        at: Place,
+        acc: &mut [[<K::V as Simd>::F; ROWS]; PLANES],
+    ) {
+        let scales = self.wide.scales.add((at.group * self.blocks + self.first + at.block) * 2 * LANES);
+        let sums = self.sums.add(k % BEHIND).cast::<[i32; LANES]>();
+        let mut of_tiles = [(K::V::splat(0.0), K::V::splat(0.0)); PLANES];
+        for t in 0..PLANES {
+            let (_, scale, bias) = (*self.weights[t]).block::<K::V, BLK>(at.block);
+            of_tiles[t] = (scale, bias);
+        }
+        unrolled!(R, {
+            // Parts of the step lie between the rows.
+            for part in R * PLANES..(R + 1) * PLANES {
+                K::step_part::<PLANES, PARITY>(part, operands);
+            }
+            if R < ROWS {
+                let (xs, xb) = (K::V::splat(*scales.add(R)), K::V::splat(*scales.add(LANES + R)));
+                for t in 0..PLANES {
+                    let sums = sums.add(t * LANES + R * PLANES);
+                    let first = K::V::load_i(sums.cast());
+                    let isum = if const { PLANES == 2 } { joined::<K::V>(first, K::V::load_i(sums.add(1).cast())) } else { first };
+                    acc[t][R] = scaled::<K::V>(of_tiles[t], (xs, xb), isum, acc[t][R]);
+                }
+            }
+        });
+    }
+}
 
 /// A block of a group of rows.
 #[derive(Clone, Copy, Default)]
@@ -197,116 +329,13 @@ struct Place {
 }
 
 impl Place {
-    /// The next, where a panel has `n` blocks.
+    /// The next, where a panel has `n` blocks, or the first after the last.
     #[inline(always)]
-    fn next(&mut self, n: usize) {
-        self.block += 1;
-        if self.block == n {
-            (self.group, self.block) = (self.group + 1, 0);
-        }
-    }
-}
-
-/// What all steps of a panel share.
-struct Step<'a> {
-    weights: [*const Unpacked; 2],
-    wide: &'a WideRows,
-    /// First block of the panel, its blocks, those of the matrix.
-    first: usize,
-    n: usize,
-    blocks: usize,
-    sums: *mut TileSums,
-    out: [*mut f32; 2],
-}
-
-impl Step<'_> {
-    /// Begins the sums of step `k` of `steps`, and scales those of [`BEHIND`] steps ago.
-    #[inline(always)]
-    unsafe fn run<K: Kernel, const PLANES: usize, const BLK: usize, const PARITY: usize>(
-        &self,
-        (k, steps): (usize, usize),
-        begun: &mut Place,
-        done: &mut Place,
-        acc: &mut [<K::V as Simd>::F; LANES],
-    ) {
-        let begins = k < steps;
-        let at = if begins { *begun } else { Place::default() };
-        let operands = StepOperands {
-            // Those of two steps ago, which the sums of this one would replace.
-            stored: self.sums.add((k + BEHIND - 2) % BEHIND).cast(),
-            x: self.wide.q.add((at.group * self.blocks + self.first + at.block) * self.wide.group * PLANES * BLK),
-            stride: BLK,
-            w: self.weights.map(|w| (&raw const (*w).codes).cast::<u8>().add(at.block * BLK * LANES)),
-        };
-        begun.next(self.n);
-        if !begins && k < steps + 2 {
-            K::store_sums::<PLANES, PARITY>(&operands);
-        }
-        if k < BEHIND {
-            if begins {
-                for part in 0..LANES {
-                    K::step_part::<PLANES, PARITY>(part, &operands);
-                }
-            }
-            return;
-        }
-        let (group, most) = (self.wide.group, LANES / PLANES);
-        let (at, first) = (*done, done.group * group);
-        let rows = group.min(self.wide.rows - first);
-        let out = self.out.map(|out| out.wrapping_add(first * LANES));
-        if at.block == 0 {
-            for t in 0..PLANES {
-                for r in 0..most {
-                    let anew = self.first == 0 || r >= rows;
-                    acc[t * most + r] = if anew { K::V::splat(0.0) } else { K::V::load(out[t].add(r * LANES)) };
-                }
-            }
-        }
-        let sums = self.sums.add(k % BEHIND);
-        match (rows == most, begins) {
-            (true, true) => self.scale::<K, PLANES, BLK, PARITY, true, true>(at, sums, rows, &operands, acc),
-            (false, true) => self.scale::<K, PLANES, BLK, PARITY, false, true>(at, sums, rows, &operands, acc),
-            _ => self.scale::<K, PLANES, BLK, PARITY, false, false>(at, sums, rows, &operands, acc),
-        }
-        if at.block + 1 == self.n {
-            for t in 0..PLANES {
-                for r in 0..most {
-                    if r < rows {
-                        K::V::store(out[t].add(r * LANES), acc[t * most + r]);
-                    }
-                }
-            }
-        }
-        done.next(self.n);
-    }
-
-    /// Scales the sums of a block, all rows of a group (`FULL`) or `rows` of them, between the parts of the step that `BEGINS`.
-    #[inline(always)]
-    unsafe fn scale<K: Kernel, const PLANES: usize, const BLK: usize, const PARITY: usize, const FULL: bool, const BEGINS: bool>(
-        &self,
-        at: Place,
-        sums: *const TileSums,
-        rows: usize,
-        operands: &StepOperands,
-        acc: &mut [<K::V as Simd>::F; LANES],
-    ) {
-        let most = LANES / PLANES;
-        let scales = self.wide.scales.add((at.group * self.blocks + self.first + at.block) * 2 * LANES);
-        for t in 0..PLANES {
-            let (_, scale, bias) = (*self.weights[t]).block::<K::V, BLK>(at.block);
-            let sums = (&raw const (*sums)[t]).cast::<[i32; LANES]>();
-            for r in 0..most {
-                if BEGINS {
-                    K::step_part::<PLANES, PARITY>(t * most + r, operands);
-                }
-                if FULL || r < rows {
-                    let first = K::V::load_i(sums.add(r * PLANES).cast());
-                    let isum = if const { PLANES == 2 } { joined::<K::V>(first, K::V::load_i(sums.add(r * PLANES + 1).cast())) } else { first };
-                    let (xs, xb) = (K::V::splat(*scales.add(r)), K::V::splat(*scales.add(LANES + r)));
-                    let acc = &mut acc[t * most + r];
-                    *acc = scaled::<K::V>((scale, bias), (xs, xb), isum, *acc);
-                }
-            }
+    fn next(self, n: usize, groups: usize) -> Self {
+        match self {
+            Self { group, block } if block + 1 < n => Self { group, block: block + 1 },
+            Self { group, .. } if group + 1 < groups => Self { group: group + 1, block: 0 },
+            _ => Self::default(),
         }
     }
 }

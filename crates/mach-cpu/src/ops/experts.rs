@@ -3,38 +3,12 @@
 use mach_backend::{ExpertJob, Experts};
 use mach_format::PackedLayout;
 
-use super::linear::{Acts, Product, Scratch, activate, block, plain, products};
+use super::linear::{Acts, Product, Scratch, activate, block, copy, plain, products};
 use super::quant::QuantBuffer;
 use super::{Context, Shared};
 use crate::kernels::LANES;
 use crate::memory::{Bank, PartGuard};
 use crate::tensor::Tensor;
-
-/// Numbers the distinct rows that the jobs of a call use, so that each is quantised once.
-#[derive(Default)]
-pub(crate) struct RowMap {
-    number: Vec<u32>,
-    distinct: Vec<u32>,
-    mapped: Vec<u32>,
-}
-
-impl RowMap {
-    /// Fills `distinct` and `mapped` (all jobs' rows one after another).
-    fn build<'a>(&mut self, lists: impl Iterator<Item = &'a [u32]>, rows: usize) {
-        self.number.clear();
-        self.number.resize(rows, u32::MAX);
-        self.distinct.clear();
-        self.mapped.clear();
-        for &row in lists.flatten() {
-            let number = &mut self.number[row as usize];
-            if *number == u32::MAX {
-                *number = self.distinct.len() as u32;
-                self.distinct.push(row);
-            }
-            self.mapped.push(*number);
-        }
-    }
-}
 
 /// Read locks of one part of all the jobs' slots, and where the parts lie.
 fn lock<'a>(mem: &'a Bank, jobs: &[ExpertJob<'_>], part: usize, bytes: usize) -> (Vec<PartGuard<'a>>, Vec<*const u8>) {
@@ -55,41 +29,18 @@ fn lock<'a>(mem: &'a Bank, jobs: &[ExpertJob<'_>], part: usize, bytes: usize) ->
     (guards, data)
 }
 
-/// Activations of `lists` (rows of `x`) for weights of `layout`; returns them with the rows to use, list after list.
-///
-/// # Safety
-/// `x` outlives the result.
-unsafe fn activations<'a, 'b>(
-    cx: Context<'_>,
-    map: &'b mut RowMap,
-    quant: &mut [QuantBuffer; 3],
-    layout: &PackedLayout,
-    x: &Tensor,
-    lists: impl Iterator<Item = &'a [u32]>,
-) -> (Acts, &'b [u32]) {
+/// Rows of `x` that the jobs use, for weights of `layout`.
+fn activations(cx: Context<'_>, quant: &mut [QuantBuffer; 3], layout: &PackedLayout, x: &Tensor, rows: impl Iterator<Item = u32>) -> Acts {
     assert_eq!(layout.cols, x.cols(), "columns of expert and input");
-    map.build(lists, x.rows());
     match block(layout.format) {
-        // SAFETY: `build` indexed by every row, so all are rows of `x`.
-        Some(block) => (Acts::Quant(unsafe { quant[block / 32].quantise(cx, plain(x), &map.distinct, x.cols(), block) }), &map.mapped),
-        None => {
-            for number in &mut map.mapped {
-                *number = map.distinct[*number as usize];
-            }
-            (Acts::Plain(plain(x)), &map.mapped)
-        }
+        Some(block) => Acts::Quant(quant[block / 32].quantise(cx, x, (0, x.cols()), rows, block)),
+        None => Acts::Plain(plain(x)),
     }
 }
 
 /// One product per job.
-fn expert_products<'a>(layout: PackedLayout, per: usize, data: &[*const u8], acts: Acts, mut rows: &'a [u32], jobs: &[ExpertJob<'_>]) -> Vec<Product<'a>> {
-    let mut list = Vec::with_capacity(jobs.len());
-    for (&data, job) in data.iter().zip(jobs) {
-        let (mine, rest) = rows.split_at(job.rows.len());
-        rows = rest;
-        list.push(Product { layout, data, per, acts, rows: mine });
-    }
-    list
+fn expert_products<'a>(layout: PackedLayout, per: usize, data: &[*const u8], acts: Acts, rows: impl Iterator<Item = &'a [u32]>) -> Vec<Product<'a>> {
+    data.iter().zip(rows).map(|(&data, rows)| Product { layout, data, per, acts, rows }).collect()
 }
 
 fn check(jobs: &[ExpertJob<'_>], outs: usize) {
@@ -104,18 +55,18 @@ fn bias_row(bias: Option<&Tensor>, expert: usize) -> *const f32 {
     bias.map_or(std::ptr::null(), |b| b.part(expert, 1).as_ptr())
 }
 
-/// A finished row of down with its bias.
+/// A finished row of down with its bias, in `with` where there is one.
 ///
 /// # Safety
 /// `bias` is null or has `n` values from `column` on.
-unsafe fn biased(cx: Context<'_>, row: &[f32], bias: *const f32, column: usize, n: usize) -> [f32; LANES] {
-    let mut values = [0.0; LANES];
-    values.copy_from_slice(row);
-    if !bias.is_null() {
-        // SAFETY: the caller's promise.
-        unsafe { (cx.k.add)(values.as_mut_ptr(), bias.add(column), n) };
+unsafe fn biased<'a>(cx: Context<'_>, row: &'a [f32], bias: *const f32, column: usize, n: usize, with: &'a mut [f32; LANES]) -> &'a [f32] {
+    if bias.is_null() {
+        return row;
     }
-    values
+    with.copy_from_slice(row);
+    // SAFETY: the caller's promise.
+    unsafe { (cx.k.add)(with.as_mut_ptr(), bias.add(column), n) };
+    with
 }
 
 pub(crate) fn gate_up(cx: Context<'_>, scratch: &mut Scratch, experts: &Experts<'_, Bank, Tensor>, jobs: &[ExpertJob<'_>], x: &Tensor, act: &mut Tensor) {
@@ -127,8 +78,8 @@ pub(crate) fn gate_up(cx: Context<'_>, scratch: &mut Scratch, experts: &Experts<
     let (_guards, data) = lock(experts.memory, jobs, 0, layout.gate_up.bytes());
     // SAFETY: shapes checked; the guards keep the weights; output rows of a call are distinct.
     unsafe {
-        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &half, x, jobs.iter().map(|j| j.rows));
-        let list = expert_products(half, 2, &data, acts, rows, jobs);
+        let acts = activations(cx, &mut scratch.quant, &half, x, jobs.iter().flat_map(|j| j.rows).copied());
+        let list = expert_products(half, 2, &data, acts, jobs.iter().map(|j| j.rows));
         let to = Shared::new(act.values_mut());
         products(cx, &list, &|done| {
             let job = &jobs[done.product];
@@ -146,16 +97,16 @@ pub(crate) fn down(cx: Context<'_>, scratch: &mut Scratch, experts: &Experts<'_,
     let (_guards, data) = lock(experts.memory, jobs, 1, layout.bytes());
     // SAFETY: as in `gate_up`.
     unsafe {
-        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &layout, act, jobs.iter().map(|j| j.outs));
-        let list = expert_products(layout, 1, &data, acts, rows, jobs);
+        let acts = activations(cx, &mut scratch.inner, &layout, act, jobs.iter().flat_map(|j| j.outs).copied());
+        let list = expert_products(layout, 1, &data, acts, jobs.iter().map(|j| j.outs));
         let (to, cols) = (Shared::new(y.values_mut()), layout.rows);
         products(cx, &list, &|done| {
-            let (column, n) = (done.tile * LANES, (cols - done.tile * LANES).min(LANES));
             let job = &jobs[done.product];
-            for i in 0..done.n {
-                let values = biased(cx, done.row(0, i), bias_row(bias, job.expert), column, n);
-                std::ptr::copy_nonoverlapping(values.as_ptr(), to.at(job.outs[done.first + i] as usize * cols + column), n);
-            }
+            done.each(cols, |i, t, column, n| {
+                let mut with = [0.0; LANES];
+                let values = biased(cx, done.row(t, i), bias_row(bias, job.expert), column, n, &mut with);
+                copy(values.as_ptr(), to.at(job.outs[done.first + i] as usize * cols + column), n);
+            });
         });
     }
 }
@@ -179,16 +130,16 @@ pub(crate) fn down_add(
     let (_guards, data) = lock(experts.memory, jobs, 1, layout.bytes());
     // SAFETY: as in `gate_up`; a row goes through an expert once.
     unsafe {
-        let (acts, rows) = activations(cx, &mut scratch.rows, &mut scratch.quant, &layout, act, std::iter::once(job.outs));
-        let list = expert_products(layout, 1, &data, acts, rows, jobs);
+        let acts = activations(cx, &mut scratch.inner, &layout, act, job.outs.iter().copied());
+        let list = expert_products(layout, 1, &data, acts, std::iter::once(job.outs));
         let (to, cols) = (Shared::new(out.values_mut()), layout.rows);
         products(cx, &list, &|done| {
-            let (column, n) = (done.tile * LANES, (cols - done.tile * LANES).min(LANES));
-            for i in 0..done.n {
+            done.each(cols, |i, t, column, n| {
                 let at = done.first + i;
-                let values = biased(cx, done.row(0, i), bias_row(bias, job.expert), column, n);
+                let mut with = [0.0; LANES];
+                let values = biased(cx, done.row(t, i), bias_row(bias, job.expert), column, n, &mut with);
                 (cx.k.add_scaled)(to.at(job.rows[at] as usize * cols + column), weights[at], values.as_ptr(), n);
-            }
+            });
         });
     }
 }

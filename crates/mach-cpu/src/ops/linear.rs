@@ -1,6 +1,7 @@
 //! Matrix products over tiles, and the linear and feed-forward operations.
 
-use std::cell::Cell;
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mach_backend::Activation;
 use mach_format::{AlignedBytes, PackedLayout, PackedMatrix, WeightFormat};
@@ -89,32 +90,60 @@ pub(crate) struct Product<'a> {
     pub rows: &'a [u32],
 }
 
-/// A finished unit of a product: `[per][n][16]` values of rows `first..first + n` of its list.
+/// Finished units of a product: `[tiles][n][16]` values of rows `first..first + n` of its list.
 pub(crate) struct Done<'a> {
     pub product: usize,
-    pub tile: usize,
+    /// The first unit, and how many lie beside it.
+    pub unit: usize,
+    pub units: usize,
     pub first: usize,
     pub n: usize,
     pub values: &'a [f32],
 }
 
 impl Done<'_> {
-    /// Copies a unit of one tile to its rows of `out`, whose rows are `stride` apart; the product has `cols` columns, and they begin
+    /// The 16 values of row `i` in tile `t` of the units.
+    pub fn row(&self, t: usize, i: usize) -> &[f32] {
+        &self.values[(t * self.n + i) * LANES..][..LANES]
+    }
+
+    /// Calls `f` with row and tile of units of one tile, and the column where it begins; the product has `cols` columns, the last tile perhaps fewer
+    /// than 16: their number comes last.
+    pub fn each(&self, cols: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
+        for i in 0..self.n {
+            for t in 0..self.units {
+                let column = (self.unit + t) * LANES;
+                f(i, t, column, (cols - column).min(LANES));
+            }
+        }
+    }
+
+    /// Copies units of one tile to their rows of `out`, whose rows are `stride` apart; the product has `cols` columns, and they begin
     /// at `column`.
     ///
     /// # Safety
     /// The rows and columns lie inside `out`, and no other unit writes them.
     pub unsafe fn store(&self, out: Shared<f32>, stride: usize, column: usize, cols: usize) {
-        let (at, n) = (self.tile * LANES, (cols - self.tile * LANES).min(LANES));
-        for i in 0..self.n {
-            // SAFETY: the caller's promise; a row of a unit has 16 values.
-            unsafe { std::ptr::copy_nonoverlapping(self.row(0, i).as_ptr(), out.at((self.first + i) * stride + column + at), n) };
-        }
+        self.each(cols, |i, t, at, n| {
+            // SAFETY: the caller's promise; a row of a tile has 16 values.
+            unsafe { copy(self.row(t, i).as_ptr(), out.at((self.first + i) * stride + column + at), n) };
+        });
     }
+}
 
-    /// The 16 values of row `i` in tile `t` of the unit.
-    pub fn row(&self, t: usize, i: usize) -> &[f32] {
-        &self.values[(t * self.n + i) * LANES..][..LANES]
+/// Copies at most 16 values; nearly always all of them, for which no call is made.
+///
+/// # Safety
+/// Both are valid for `n` values.
+#[inline(always)]
+pub(crate) unsafe fn copy(from: *const f32, to: *mut f32, n: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if n == LANES {
+            to.cast::<[f32; LANES]>().write(*from.cast());
+        } else {
+            std::ptr::copy_nonoverlapping(from, to, n);
+        }
     }
 }
 
@@ -126,17 +155,12 @@ unsafe impl Sync for Product<'_> {}
 /// # Safety
 /// Weights hold their layouts' bytes (`per` times), and rows are rows of the activations, whose columns fit.
 pub(crate) unsafe fn products(cx: Context<'_>, list: &[Product<'_>], sink: &(dyn Fn(&Done<'_>) + Sync)) {
+    static REGIONS: AtomicU64 = AtomicU64::new(0);
+    let region = REGIONS.fetch_add(1, Ordering::Relaxed);
     let total: usize = list.iter().map(|p| p.layout.tiles()).sum();
     let rows = list.iter().map(|p| p.rows.len()).max().unwrap_or(0);
     // Long runs for streams; with many rows, as many tiles as stay in L2 beside the activations.
-    // Gathered rows serve as many as there are.
-    let (most, parts) = if rows <= 4 {
-        (64, 4)
-    } else if cx.k.wide {
-        (32, 2)
-    } else {
-        (8, 4)
-    };
+    let (most, parts) = if rows <= 4 { (64, 4) } else { (8, 4) };
     let size = total.div_ceil(cx.pool.threads() * parts).clamp(1, most);
     cx.pool.ranges(total, size, &|range| {
         let mut start = 0;
@@ -146,78 +170,85 @@ pub(crate) unsafe fn products(cx: Context<'_>, list: &[Product<'_>], sink: &(dyn
             start += tiles;
             if !run.is_empty() {
                 // SAFETY: the caller vouches for the products.
-                unsafe { run_tiles(cx, index, product, run, sink) };
+                unsafe { run_tiles(cx, (region, index), product, run, sink) };
             }
         }
     });
 }
 
-unsafe fn run_tiles(cx: Context<'_>, index: usize, product: &Product<'_>, run: std::ops::Range<usize>, sink: &(dyn Fn(&Done<'_>) + Sync)) {
-    let mut buffer = [0.0; 2 * MAX_ROWS * LANES];
+unsafe fn run_tiles(cx: Context<'_>, (region, index): (u64, usize), product: &Product<'_>, run: std::ops::Range<usize>, sink: &(dyn Fn(&Done<'_>) + Sync)) {
     let bytes = product.layout.tile_bytes() * product.per;
     for (chunk, rows) in product.rows.chunks(MAX_ROWS).enumerate() {
         let n = rows.len();
-        // SAFETY: the caller vouches for the rows.
-        let together = unsafe { Together::of(cx, &product.acts, rows) };
-        let mut tile = run.start;
-        while tile < run.end {
-            // A single row does better with two plain tiles at once, a matrix unit with two of any kind.
-            let units = if product.per == 1 && (n == 1 || together.is_some()) { 2.min(run.end - tile) } else { 1 };
-            let count = units * product.per;
-            // SAFETY: `tile` lies inside the matrix; the buffer holds two tiles of MAX_ROWS rows.
-            unsafe { compute(cx, product, product.data.add(tile * bytes), count, rows, together.as_ref(), buffer.as_mut_ptr()) };
-            for unit in 0..units {
-                let values = &buffer[unit * product.per * n * LANES..][..product.per * n * LANES];
-                sink(&Done { product: index, tile: tile + unit, first: chunk * MAX_ROWS, n, values });
+        // SAFETY: `unit` lies inside the matrix, and `out` has room for `units`.
+        let multiply = |wide: Option<&WideRows>, units: usize, out: &mut [f32]| unsafe {
+            let mut unit = run.start;
+            while unit < run.end {
+                let units = units.min(run.end - unit);
+                compute(cx, product, product.data.add(unit * bytes), units * product.per, rows, wide, out.as_mut_ptr());
+                sink(&Done { product: index, unit, units, first: chunk * MAX_ROWS, n, values: &out[..units * product.per * n * LANES] });
+                unit += units;
             }
-            tile += units;
+        };
+        match product.acts {
+            Acts::Quant(acts) if cx.k.wide && wide_from(acts.planes, acts.block).is_some_and(|from| n >= from) => TOGETHER.with_borrow_mut(|t| {
+                // SAFETY: the caller vouches for the rows, which are the same for the same key.
+                let (wide, out) = unsafe { t.gathered(cx, (region, index, chunk), &acts, rows) };
+                multiply(Some(wide), WIDE_TILES / product.per, out);
+            }),
+            // A single row does better with two plain tiles at once.
+            _ => multiply(None, if n == 1 { 2 / product.per } else { 1 }, &mut [0.0; 2 * MAX_ROWS * LANES]),
         }
     }
 }
 
-/// Rows gathered for a matrix unit, in memory that goes back to the thread.
+/// Tiles that go to a matrix unit together: setting it up takes as long as some blocks.
+const WIDE_TILES: usize = 16;
+
+/// Rows gathered for a matrix unit. They stay with their thread, which mostly multiplies the same ones next.
+#[derive(Default)]
 struct Together {
-    rows: WideRows,
     memory: AlignedBytes,
+    rows: Option<WideRows>,
+    out: Vec<f32>,
+    /// Region, product of it, and chunk of its rows.
+    key: (u64, usize, usize),
 }
 
-thread_local!(static TOGETHER: Cell<AlignedBytes> = Cell::default());
+thread_local!(static TOGETHER: RefCell<Together> = RefCell::default());
 
 impl Together {
-    /// `None` where other kernels multiply them.
+    /// `rows`, gathered, and room for [`WIDE_TILES`] tiles of their products.
     ///
     /// # Safety
-    /// `rows` are rows of `acts`.
-    unsafe fn of(cx: Context<'_>, acts: &Acts, rows: &[u32]) -> Option<Self> {
-        let Acts::Quant(acts) = acts else { return None };
-        if !cx.k.wide || rows.len() < wide_from(acts.planes, acts.block)? {
-            return None;
+    /// `rows` are rows of `acts`, and the same for the same key.
+    unsafe fn gathered(&mut self, cx: Context<'_>, key: (u64, usize, usize), acts: &QuantRows, rows: &[u32]) -> (&WideRows, &mut [f32]) {
+        if self.key != key {
+            self.rows = None;
         }
-        let (mut memory, bytes) = (TOGETHER.take(), WideRows::bytes(acts, rows.len()));
-        if memory.len() < bytes {
-            memory = AlignedBytes::zeroed(bytes);
-        }
-        let wide = WideRows::new(acts, rows.len(), &mut memory);
-        // SAFETY: the caller's promise, and `wide` was made for these.
-        unsafe { (cx.k.gather)(acts, rows, &wide) };
-        Some(Self { rows: wide, memory })
-    }
-}
-
-impl Drop for Together {
-    fn drop(&mut self) {
-        TOGETHER.set(std::mem::take(&mut self.memory));
+        self.key = key;
+        let wide = self.rows.get_or_insert_with(|| {
+            let bytes = WideRows::bytes(acts, rows.len());
+            if self.memory.len() < bytes {
+                self.memory = AlignedBytes::zeroed(bytes);
+            }
+            let wide = WideRows::new(acts, rows.len(), &mut self.memory);
+            // SAFETY: the caller's promise, and `wide` was made for these.
+            unsafe { (cx.k.gather)(acts, rows, &wide) };
+            wide
+        });
+        (wide, grown(&mut self.out, WIDE_TILES * rows.len() * LANES))
     }
 }
 
 /// `count` tiles at `data` times `rows`, to `[count][rows][16]`.
-unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count: usize, rows: &[u32], together: Option<&Together>, out: *mut f32) {
+unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count: usize, rows: &[u32], wide: Option<&WideRows>, out: *mut f32) {
     let layout = &product.layout;
     // SAFETY: as the caller vouches; tiles lie one after another.
     unsafe {
-        match (&product.acts, together) {
+        match (&product.acts, wide) {
             (Acts::Plain(x), _) => (cx.k.plain_tiles)(layout, data, count, x, rows, out),
-            (Acts::Quant(x), Some(wide)) => (cx.k.wide_tiles)(cx.k.unpack_panel, layout, (data, count), x, rows, &wide.rows, out),
+            (Acts::Quant(x), Some(wide)) => (cx.k.wide_tiles)(cx.k.unpack_panel, layout, (data, count), x, rows, wide, out),
             (Acts::Quant(x), None) => {
                 for t in 0..count {
                     (cx.k.quant_tile)(cx.k.unpack_panel, layout, data.add(t * layout.tile_bytes()), x, rows, out.add(t * rows.len() * LANES));
@@ -237,11 +268,11 @@ unsafe fn compute(cx: Context<'_>, product: &Product<'_>, data: *const u8, count
 /// Reused memory of the operations.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    /// Activations in blocks of 16, 32 and 64.
+    /// Activations in blocks of 16, 32 and 64: what a layer reads, and what its feed-forward blocks hold between their products.
     pub quant: [QuantBuffer; 3],
+    pub inner: [QuantBuffer; 3],
     /// 0, 1, 2, …
     pub identity: Vec<u32>,
-    pub rows: super::experts::RowMap,
     pub values: Vec<f32>,
 }
 
@@ -256,18 +287,13 @@ pub(crate) fn identity(buffer: &mut Vec<u32>, n: usize) -> &[u32] {
 pub(crate) fn linear(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor, rows: usize, outs: &mut [(&Weight, &mut Tensor)]) {
     assert!(rows <= x.rows(), "{rows} rows of {}", x.rows());
     let ids = identity(&mut scratch.identity, rows);
-    let mut quantised = [None; 3];
     let mut list = Vec::with_capacity(outs.len());
     let mut targets = Vec::with_capacity(outs.len());
     for (w, out) in outs.iter_mut() {
         assert_eq!(w.layout.cols, x.cols(), "columns of weight and input");
         assert!(out.cols() == w.layout.rows && out.rows() >= rows, "output of {} columns for {} rows of weight", out.cols(), w.layout.rows);
         let acts = match block(w.layout.format) {
-            Some(block) if w.layout.rows > SMALL_ROWS => {
-                let which = block / 32;
-                // SAFETY: `ids` are rows of `x`, which outlives the products.
-                Acts::Quant(*quantised[which].get_or_insert_with(|| unsafe { scratch.quant[which].quantise(cx, plain(x), ids, x.cols(), block) }))
-            }
+            Some(block) if w.layout.rows > SMALL_ROWS => Acts::Quant(scratch.quant[block / 32].quantise(cx, x, (0, x.cols()), ids.iter().copied(), block)),
             _ => exact(w.layout.format, plain(x)),
         };
         list.push(Product { layout: w.layout, data: w.data.as_ptr(), per: 1, acts, rows: ids });
@@ -292,12 +318,13 @@ pub(crate) fn linear_grouped(cx: Context<'_>, scratch: &mut Scratch, x: &Tensor,
     for (g, w) in weights.iter().enumerate() {
         assert_eq!(w.layout.cols, part, "columns of weight and input");
         let ids = identity(&mut scratch.identity, rows);
-        let x = PlainRows { x: x.values()[g * part..].as_ptr(), stride: x_cols };
         // SAFETY: `ids` are rows of `x`, which outlives the products; shapes were checked, and a unit has its columns to itself.
         unsafe {
             let acts = match block(w.layout.format) {
-                Some(block) if w.layout.rows > SMALL_ROWS => Acts::Quant(scratch.quant[block / 32].quantise(cx, x, ids, part, block)),
-                _ => exact(w.layout.format, x),
+                Some(block) if w.layout.rows > SMALL_ROWS => {
+                    Acts::Quant(scratch.quant[block / 32].quantise(cx, x, (g * part, part), ids.iter().copied(), block))
+                }
+                _ => exact(w.layout.format, PlainRows { x: x.values()[g * part..].as_ptr(), stride: x_cols }),
             };
             let product = Product { layout: w.layout, data: w.data.as_ptr(), per: 1, acts, rows: ids };
             products(cx, &[product], &|done| done.store(to, out_cols, first, w.layout.rows));
@@ -319,15 +346,14 @@ pub(crate) unsafe fn activate(
     out: Shared<f32>,
     rows: impl Fn(usize) -> usize,
 ) {
-    let (column, n) = (done.tile * LANES, (inner - done.tile * LANES).min(LANES));
-    let mut from = bias;
-    for b in from.iter_mut().filter(|b| !b.is_null()) {
-        *b = b.wrapping_add(column);
-    }
-    for i in 0..done.n {
+    done.each(inner, |i, t, column, n| {
+        let from = bias.map(|b| if b.is_null() { b } else { b.wrapping_add(column) });
         // SAFETY: the caller's promise; 16 values in, `n` out.
-        unsafe { (cx.k.activate)(activation, done.row(0, i).as_ptr(), done.row(1, i).as_ptr(), from, n, out.at(rows(done.first + i) * inner + column)) };
-    }
+        unsafe {
+            let to = out.at(rows(done.first + i) * inner + column);
+            (cx.k.activate)(activation, done.row(2 * t, i).as_ptr(), done.row(2 * t + 1, i).as_ptr(), from, n, to);
+        }
+    });
 }
 
 /// Adds `weight(i) · value` of a finished unit to row `rows(i)` of `out`.
@@ -335,11 +361,10 @@ pub(crate) unsafe fn activate(
 /// # Safety
 /// As [`activate`].
 pub(crate) unsafe fn add_scaled(cx: Context<'_>, done: &Done<'_>, cols: usize, out: Shared<f32>, rows: impl Fn(usize) -> usize, weight: impl Fn(usize) -> f32) {
-    let (column, n) = (done.tile * LANES, (cols - done.tile * LANES).min(LANES));
-    for i in 0..done.n {
-        // SAFETY: the caller's promise; a row of a unit has 16 values.
-        unsafe { (cx.k.add_scaled)(out.at(rows(done.first + i) * cols + column), weight(done.first + i), done.row(0, i).as_ptr(), n) };
-    }
+    done.each(cols, |i, t, column, n| {
+        // SAFETY: the caller's promise.
+        unsafe { (cx.k.add_scaled)(out.at(rows(done.first + i) * cols + column), weight(done.first + i), done.row(t, i).as_ptr(), n) };
+    });
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -368,9 +393,7 @@ pub(crate) fn ffn_add(
         // SAFETY: shapes checked; each row is written once.
         unsafe {
             products(cx, &[product], &|done| {
-                for i in 0..done.n {
-                    to.at(done.first + i).write(done.row(0, i)[0]);
-                }
+                done.each(1, |i, t, _, _| to.at(done.first + i).write(done.row(t, i)[0]));
             });
             (cx.k.sigmoid)(factors.as_mut_ptr(), rows);
         }
@@ -378,7 +401,7 @@ pub(crate) fn ffn_add(
     // SAFETY: `ids` are rows of `x`, of `act` and of `out`; units write disjoint parts.
     unsafe {
         let acts = match block(half.format) {
-            Some(block) => Acts::Quant(scratch.quant[block / 32].quantise(cx, plain(x), ids, x.cols(), block)),
+            Some(block) => Acts::Quant(scratch.quant[block / 32].quantise(cx, x, (0, x.cols()), ids.iter().copied(), block)),
             None => Acts::Plain(plain(x)),
         };
         let to = Shared::new(act.values_mut());
@@ -386,7 +409,7 @@ pub(crate) fn ffn_add(
         products(cx, &[product], &|done| activate(cx, &activation, done, half.rows, [std::ptr::null(); 2], to, |i| i));
 
         let acts = match block(down.layout.format) {
-            Some(block) => Acts::Quant(scratch.quant[block / 32].quantise(cx, plain(act), ids, act.cols(), block)),
+            Some(block) => Acts::Quant(scratch.inner[block / 32].quantise(cx, act, (0, act.cols()), ids.iter().copied(), block)),
             None => Acts::Plain(plain(act)),
         };
         let (to, cols) = (Shared::new(out.values_mut()), out.cols());

@@ -7,10 +7,14 @@
 //! precision from their block: columns far above the row's trimmed mean magnitude are left out of the blocks and
 //! multiplied in f32.
 
+//!
+//! A buffer remembers whose rows it holds: all experts of a layer and its shared block read the same ones.
+
 use mach_format::AlignedBytes;
 
 use super::{Context, grown};
-use crate::kernels::{PlainRows, QuantRows};
+use crate::kernels::QuantRows;
+use crate::tensor::Tensor;
 
 /// Reused memory for quantised rows.
 #[derive(Default)]
@@ -22,41 +26,61 @@ pub(crate) struct QuantBuffer {
     sum: Vec<i32>,
     outliers: Vec<u32>,
     mask: Vec<u64>,
-    /// Addresses of the f32 rows.
-    x: Vec<usize>,
+    source: Option<Source>,
+    /// Rows of the source that are quantised.
+    done: Vec<bool>,
+    missing: Vec<u32>,
+}
+
+/// What the rows of a buffer were made of.
+#[derive(Clone, Copy, PartialEq)]
+struct Source {
+    version: u64,
+    address: usize,
+    cols: usize,
+    block: usize,
+    planes: usize,
 }
 
 impl QuantBuffer {
-    /// Quantises the rows `ids` of `x`, `cols` wide; row `i` of the result is row `ids[i]`.
-    ///
-    /// # Safety
-    /// Every id is a row of `x`, and `x` outlives the result.
-    pub unsafe fn quantise(&mut self, cx: Context<'_>, x: PlainRows, ids: &[u32], cols: usize, block: usize) -> QuantRows {
-        assert!(cols.is_multiple_of(block), "{cols} columns in blocks of {block}");
-        let (rows, blocks, words, planes) = (ids.len(), cols / block, cols.div_ceil(64), cx.planes);
-        if self.q.len() < rows * planes * cols {
-            self.q = AlignedBytes::zeroed(rows * planes * cols);
+    /// Rows `rows` of `x`, `cols` columns from `column` on, quantised: row `i` of the result is row `i` of `x`. It is valid while `x` does not
+    /// change and the buffer is not used for anything else.
+    pub fn quantise(&mut self, cx: Context<'_>, x: &Tensor, (column, cols): (usize, usize), rows: impl Iterator<Item = u32>, block: usize) -> QuantRows {
+        assert!(cols.is_multiple_of(block) && column + cols <= x.cols(), "{cols} of {} columns in blocks of {block}", x.cols());
+        let (all, blocks, words, planes) = (x.rows(), cols / block, cols.div_ceil(64), cx.planes);
+        let values = x.values().as_ptr().wrapping_add(column);
+        let source = Source { version: x.version(), address: values.addr(), cols, block, planes };
+        if self.source != Some(source) {
+            self.source = Some(source);
+            self.done.clear();
+            self.done.resize(all, false);
         }
-        for (to, &id) in grown(&mut self.x, rows).iter_mut().zip(ids) {
-            // SAFETY: the caller vouches for the row.
-            *to = unsafe { x.x.add(id as usize * x.stride) }.expose_provenance();
+        self.missing.clear();
+        for row in rows {
+            if !std::mem::replace(&mut self.done[row as usize], true) {
+                self.missing.push(row);
+            }
+        }
+        if self.q.len() < all * planes * cols {
+            self.q = AlignedBytes::zeroed(all * planes * cols);
         }
         let to = QuantRows {
             q: self.q.as_mut_ptr().cast(),
             planes,
-            whole: grown(&mut self.whole, if planes == 2 { rows * cols } else { 0 }).as_mut_ptr(),
+            whole: grown(&mut self.whole, if cx.k.i16 && planes == 2 { all * cols } else { 0 }).as_mut_ptr(),
             cols,
             block,
-            scale: grown(&mut self.scale, rows * blocks).as_mut_ptr(),
-            bias: grown(&mut self.bias, rows * blocks).as_mut_ptr(),
-            sum: grown(&mut self.sum, rows * planes * blocks).as_mut_ptr(),
-            outliers: grown(&mut self.outliers, rows).as_mut_ptr(),
-            mask: grown(&mut self.mask, rows * words).as_mut_ptr(),
-            x: self.x.as_ptr().cast(),
+            scale: grown(&mut self.scale, all * blocks).as_mut_ptr(),
+            bias: grown(&mut self.bias, all * blocks).as_mut_ptr(),
+            sum: grown(&mut self.sum, all * planes * blocks).as_mut_ptr(),
+            outliers: grown(&mut self.outliers, all).as_mut_ptr(),
+            mask: grown(&mut self.mask, all * words).as_mut_ptr(),
+            x: values,
+            stride: x.cols(),
         };
-        cx.rows(rows, cols, &|row| {
-            // SAFETY: all buffers have room for `rows` rows, and each row is written once.
-            unsafe { (cx.k.quantise_row)(&to, row) }
+        cx.rows(self.missing.len(), cols, &|i| {
+            // SAFETY: `x` has the row, all buffers have room for as many as `x` has, and each row is written once.
+            unsafe { (cx.k.quantise_row)(&to, self.missing[i] as usize) }
         });
         to
     }
