@@ -15,7 +15,7 @@ const SPECS: [GdnSpec; 5] = [
     GdnSpec { k_heads: 1, v_heads: 1, k_dim: 12, v_dim: 16, kernel: 3, eps: 1e-6, tiled: false },
 ];
 
-const TOKENS: usize = 37;
+const TOKENS: usize = 70;
 
 struct Inputs {
     qkv: Vec<f32>,

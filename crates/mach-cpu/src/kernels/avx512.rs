@@ -11,6 +11,8 @@ impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
 
+    const MANY_REGISTERS: bool = true;
+
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
         _mm512_set1_ps(x)

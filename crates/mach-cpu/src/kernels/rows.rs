@@ -181,16 +181,18 @@ pub(crate) unsafe fn exp_sum<V: Simd>(x: *mut f32, n: usize, max: f32) -> f32 {
     V::sum(total)
 }
 
-/// One token of the causal depthwise conv with silu, for `n` channels: `taps` rows of weights `w` and of inputs.
+/// One token of the causal depthwise conv with silu, for `n` channels from `first` on: `taps` rows of weights `w` and of inputs.
+/// Asks for what a later token reads at `ahead`, which need not be valid.
 ///
 /// # Safety
-/// `w` has `taps` rows of stride `w_stride`, each pointer of `x` has `n` values, `out` too.
+/// `w` has `taps` rows of stride `w_stride` and these channels, each pointer of `x` has them, `out` has `n` values.
 #[inline(always)]
-pub(crate) unsafe fn conv_silu<V: Simd>(w: *const f32, w_stride: usize, x: &[*const f32], n: usize, out: *mut f32) {
+pub(crate) unsafe fn conv_silu<V: Simd>(w: *const f32, w_stride: usize, x: &[*const f32], first: usize, n: usize, ahead: *const f32, out: *mut f32) {
     for c in (0..n).step_by(LANES) {
+        V::prefetch(ahead.wrapping_add(c).cast());
         let mut acc = V::splat(0.0);
         for (tap, x) in x.iter().enumerate() {
-            acc = V::fma(load_n::<V>(w.add(tap * w_stride + c), n - c), load_n::<V>(x.add(c), n - c), acc);
+            acc = V::fma(load_n::<V>(w.add(tap * w_stride + first + c), n - c), load_n::<V>(x.add(first + c), n - c), acc);
         }
         store_n::<V>(out.add(c), math::silu::<V>(acc), n - c);
     }
@@ -222,15 +224,16 @@ pub(crate) unsafe fn gates<V: Simd>(a: *const f32, b: *const f32, neg_exp_a: *co
     }
 }
 
-/// `out = out / sqrt(mean(out²) + eps) ⊙ w ⊙ silu(z)`.
+/// `out = x / sqrt(mean(x²) + eps) ⊙ w ⊙ silu(z)`. Asks for what a later row reads at `ahead`, which need not be valid.
 ///
 /// # Safety
-/// Everything has `n` values.
+/// Everything else has `n` values.
 #[inline(always)]
-pub(crate) unsafe fn gated_norm<V: Simd>(out: *mut f32, w: *const f32, z: *const f32, n: usize, eps: f32) {
-    rms_norm::<V>(out, w, n, eps, out);
+pub(crate) unsafe fn gated_norm<V: Simd>(x: *const f32, w: *const f32, z: *const f32, n: usize, eps: f32, ahead: *const f32, out: *mut f32) {
+    let r = V::splat(1.0 / (sum_squares::<V>(x, n) / n as f32 + eps).sqrt());
     for c in (0..n).step_by(LANES) {
-        let gate = math::silu::<V>(load_n::<V>(z.add(c), n - c));
-        store_n::<V>(out.add(c), V::mul(load_n::<V>(out.add(c), n - c), gate), n - c);
+        V::prefetch(ahead.wrapping_add(c).cast());
+        let v = V::mul(V::mul(load_n::<V>(x.add(c), n - c), r), load_n::<V>(w.add(c), n - c));
+        store_n::<V>(out.add(c), V::mul(v, math::silu::<V>(load_n::<V>(z.add(c), n - c))), n - c);
     }
 }

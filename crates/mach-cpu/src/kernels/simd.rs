@@ -17,6 +17,9 @@ pub(crate) trait Simd: Copy + 'static {
     /// 16 × i32.
     type I: Copy;
 
+    /// Whether 32 vectors fit in registers.
+    const MANY_REGISTERS: bool = false;
+
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn store(p: *mut f32, v: Self::F);

@@ -3,12 +3,15 @@
 use mach_backend::{GdnSegment, GdnSpec, GdnWeights};
 
 use super::linear::Scratch;
-use super::{Context, Shared, State, grown};
-use crate::kernels::{DeltaHead, LANES};
+use super::{Context, Shared, State, grown, with_scratch};
+use crate::kernels::{DeltaHead, LANES, MAX_TOKENS};
 use crate::tensor::Tensor;
 
 /// Most taps of the conv.
 const MAX_TAPS: usize = 16;
+
+/// Inputs are asked for so many rows before they are read: from row to row is further than the processor looks ahead.
+const AHEAD: usize = 8;
 
 /// Recurrent state of one layer of one sequence.
 pub struct GdnState {
@@ -27,6 +30,12 @@ fn columns(spec: &GdnSpec) -> usize {
 /// State values of one value head.
 fn head_values(spec: &GdnSpec) -> usize {
     spec.k_dim * spec.v_dim.next_multiple_of(LANES)
+}
+
+/// Where head `head` of q, k and v begins, if a row has `k_dim` values for each of q and k and `v_dim` for each of v.
+fn head_start(spec: &GdnSpec, head: usize, k_dim: usize, v_dim: usize) -> usize {
+    let qk = head.min(2 * spec.k_heads);
+    qk * k_dim + (head - qk) * v_dim
 }
 
 impl GdnState {
@@ -85,43 +94,52 @@ pub(crate) fn gdn(
         })
         .collect();
 
-    let (mixed, gates) = grown(&mut scratch.values, rows * (channels + 2 * spec.v_heads)).split_at_mut(rows * channels);
+    let heads = 2 * spec.k_heads + spec.v_heads;
+    // After the conv values lie head by head, as the delta rule reads them, and rows of heads are padded with zeros to whole vectors.
+    let (k_room, v_room) = (dk.next_multiple_of(LANES), dv.next_multiple_of(LANES));
+    let mixed_at = |head: usize, row: usize| head_start(spec, head, k_room, v_room) * rows + row * if head < 2 * spec.k_heads { k_room } else { v_room };
+    let (mixed, gates) = grown(&mut scratch.values, mixed_at(heads, 0) + rows * 2 * spec.v_heads).split_at_mut(mixed_at(heads, 0));
     let (mixed, gates) = (Shared::new(mixed), Shared::new(gates));
     let gate_stride = 2 * spec.v_heads;
 
-    // Conv, per head of q, k and v: channels are independent, and a q or k head is normed as soon as it is there.
-    let heads = 2 * spec.k_heads + spec.v_heads;
-    let conv = |task: usize| {
-        let (part, head) = (&parts[task / heads], task % heads);
-        let (first, n) = if head < 2 * spec.k_heads { (head * dk, dk) } else { (2 * spec.k_heads * dk + (head - 2 * spec.k_heads) * dv, dv) };
+    // Conv, for some heads of q, k and v together: channels are independent, and a q or k head is normed as soon as it is there.
+    let together = (parts.len() * heads).div_ceil(cx.pool.threads() * 4).clamp(1, heads);
+    let groups = heads.div_ceil(together);
+    cx.pool.run(parts.len() * groups, &|task| {
+        let (part, group) = (&parts[task / groups], task % groups * together);
+        let group = group..(group + together).min(heads);
         // SAFETY: a task has its channels of its sequence's rows and tail to itself.
         unsafe {
             // Input row `i` counted from the oldest row of the tail.
             let input = |i: usize| match i.checked_sub(taps - 1) {
-                Some(row) => qkv.part(part.row + row, 1)[first..].as_ptr(),
-                None => part.tail.at(i * channels + first).cast_const(),
+                Some(row) => qkv.part(part.row + row, 1).as_ptr(),
+                None => part.tail.at(i * channels).cast_const(),
             };
             for t in 0..part.rows {
                 let mut x = [std::ptr::null(); MAX_TAPS];
                 for (tap, x) in x[..taps].iter_mut().enumerate() {
                     *x = input(t + tap);
                 }
-                let to = mixed.at((part.row + t) * channels + first);
-                (cx.k.conv_silu)(w.conv.values()[first..].as_ptr(), channels, &x[..taps], n, to);
-                if head < spec.k_heads {
-                    (cx.k.l2_norm)(to, n, 1.0 / (dk as f32).sqrt());
-                } else if head < 2 * spec.k_heads {
-                    (cx.k.l2_norm)(to, n, 1.0);
+                let ahead = qkv.part(part.row + (t + AHEAD).min(part.rows - 1), 1);
+                for head in group.clone() {
+                    let (first, n) = (head_start(spec, head, dk, dv), if head < 2 * spec.k_heads { dk } else { dv });
+                    let to = mixed.at(mixed_at(head, part.row + t));
+                    to.add(n).write_bytes(0, n.next_multiple_of(LANES) - n);
+                    (cx.k.conv_silu)(w.conv.values().as_ptr(), channels, &x[..taps], first, n, ahead[first..].as_ptr(), to);
+                    if head < spec.k_heads {
+                        (cx.k.l2_norm)(to, n, 1.0 / (dk as f32).sqrt());
+                    } else if head < 2 * spec.k_heads {
+                        (cx.k.l2_norm)(to, n, 1.0);
+                    }
                 }
             }
+            let [first, last] = [group.start, group.end].map(|head| head_start(spec, head, dk, dv));
             for i in 0..taps - 1 {
                 // Source rows lie after their place, so going upwards never overwrites one that is still needed.
-                std::ptr::copy(input(part.rows + i), part.tail.at(i * channels + first), n);
+                std::ptr::copy(input(part.rows + i).add(first), part.tail.at(i * channels + first), last - first);
             }
         }
-    };
-    let size = (parts.len() * heads).div_ceil(cx.pool.threads() * 4);
-    cx.pool.ranges(parts.len() * heads, size, &|range| range.for_each(conv));
+    });
     for part in &parts {
         cx.rows(part.rows, 32 * spec.v_heads, &|t| {
             let row = part.row + t;
@@ -144,30 +162,30 @@ pub(crate) fn gdn(
     cx.pool.run(parts.len() * spec.v_heads, &|task| {
         let (part, head) = (&parts[task / spec.v_heads], task % spec.v_heads);
         let key = spec.key_head(head);
-        let row = part.row;
         // SAFETY: a task has its head of its sequence's state and of the output to itself.
-        unsafe {
-            let at = |channel: usize| mixed.at(row * channels + channel).cast_const();
-            (cx.k.delta_head)(&DeltaHead {
-                state: part.s.at(head * head_values(spec)),
-                columns: columns(spec),
-                k_dim: dk,
-                v_dim: dv,
-                tokens: part.rows,
-                q: at(key * dk),
-                k: at((spec.k_heads + key) * dk),
-                v: at(2 * spec.k_heads * dk + head * dv),
-                qkv_stride: channels,
-                decay: gates.at(row * gate_stride + head).cast_const(),
-                beta: gates.at(row * gate_stride + spec.v_heads + head).cast_const(),
-                gate_stride,
-                out: out.at(row * width + head * dv),
-                out_stride: width,
-            });
-            for t in 0..part.rows {
-                let z = z.part(row + t, 1)[head * dv..].as_ptr();
-                (cx.k.gated_norm)(out.at((row + t) * width + head * dv), w.norm.values().as_ptr(), z, dv, spec.eps);
+        with_scratch(MAX_TOKENS * v_room, |o| unsafe {
+            for first in (0..part.rows).step_by(MAX_TOKENS) {
+                let (row, tokens) = (part.row + first, (part.rows - first).min(MAX_TOKENS));
+                let at = |head: usize| mixed.at(mixed_at(head, row)).cast_const();
+                (cx.k.delta_head)(&DeltaHead {
+                    state: part.s.at(head * head_values(spec)),
+                    columns: columns(spec),
+                    k_dim: dk,
+                    v_dim: dv,
+                    tokens,
+                    q: at(key),
+                    k: at(spec.k_heads + key),
+                    v: at(2 * spec.k_heads + head),
+                    decay: gates.at(row * gate_stride + head).cast_const(),
+                    beta: gates.at(row * gate_stride + spec.v_heads + head).cast_const(),
+                    gate_stride,
+                    out: o.as_mut_ptr(),
+                });
+                let gate = |t: usize| z.part(row + t.min(tokens - 1), 1)[head * dv..].as_ptr();
+                for (t, o) in o.chunks_exact(v_room).take(tokens).enumerate() {
+                    (cx.k.gated_norm)(o.as_ptr(), w.norm.values().as_ptr(), gate(t), dv, spec.eps, gate(t + AHEAD), out.at((row + t) * width + head * dv));
+                }
             }
-        }
+        });
     });
 }
