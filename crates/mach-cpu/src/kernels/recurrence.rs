@@ -81,14 +81,14 @@ unsafe fn delta_block<V: Simd, const N: usize>(h: &DeltaHead, qk: &[f32; MAX_TOK
             V::store(h.out.add(c), V::fma(V::splat(qk[t]), delta[n], V::mul(decay, w[n])));
         }
         if t + 1 == h.tokens || !V::MANY_REGISTERS {
-            // The next block is seldom in a cache when a sequence goes on token by token.
-            let next = state.wrapping_add(k_dim * width);
+            // The next block is seldom in a cache when a sequence goes on token by token. The next head may be another thread's.
+            let ahead = t + 1 == h.tokens && first + width < h.v_dim;
             for i in 0..k_dim {
                 let ki = V::splat(*k.add(i));
                 for n in 0..N {
                     let at = i * width + n * LANES;
-                    if t + 1 == h.tokens {
-                        V::prefetch(next.wrapping_add(at).cast());
+                    if ahead {
+                        V::prefetch(state.add(k_dim * width + at).cast());
                     }
                     V::store(state.add(at), V::fma(ki, delta[n], V::mul(decay, V::load(state.add(at)))));
                 }
