@@ -161,11 +161,12 @@ pub(crate) unsafe fn products(cx: Context<'_>, list: &[Product<'_>], sink: &(dyn
     let rows = list.iter().map(|p| p.rows.len()).max().unwrap_or(0);
     // Long runs for streams; with many rows, as many tiles as stay in L2 beside the activations. A matrix unit wants longer ones: every
     // run gathers its rows, and where they go by chunks, each anew.
-    let (most, parts) = match rows {
-        ..=4 => (64, 4),
-        _ if !cx.k.wide => (8, 4),
-        ..=MAX_ROWS => (32, 2),
-        _ => (64, 2),
+    let (most, parts) = if rows <= 4 {
+        (64, 4)
+    } else if cx.k.wide {
+        (if rows <= MAX_ROWS { 32 } else { 64 }, 2)
+    } else {
+        (8, 4)
     };
     let size = total.div_ceil(cx.pool.threads() * parts).clamp(1, most);
     cx.pool.ranges(total, size, &|range| {
