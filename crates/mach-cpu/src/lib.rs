@@ -157,7 +157,7 @@ impl Cpu {
         Context { pool: &self.pool, k: self.kernels, planes }
     }
 
-    /// Scratch holds nothing between operations, so one that a panic left behind is as good as new.
+    /// What scratch holds between operations it forgets before it changes, so one that a panic left behind is as good as new.
     fn scratch(&self) -> MutexGuard<'_, Scratch> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -266,9 +266,9 @@ impl Panel<'_> {
             for block in 0..self.n {
                 let (operands, at) = (operands(k), Place { group, block });
                 if k.is_multiple_of(2) {
-                    self.step::<K, PLANES, BLK, ROWS, 0>(k, &operands, at, &mut acc);
+                    self.step::<K, PLANES, BLK, ROWS, 0>(&operands, at, &mut acc);
                 } else {
-                    self.step::<K, PLANES, BLK, ROWS, 1>(k, &operands, at, &mut acc);
+                    self.step::<K, PLANES, BLK, ROWS, 1>(&operands, at, &mut acc);
                 }
                 for at in ((k - BEHIND) * each..((k - BEHIND + 1) * each).min(self.ahead_bytes)).step_by(64) {
                     for ahead in &self.ahead[..PLANES] {
@@ -287,17 +287,16 @@ impl Panel<'_> {
         }
     }
 
-    /// Begins the sums of step `k`, and scales those of [`BEHIND`] steps ago, which are of the block `at`.
+    /// Begins the sums of a step of this `PARITY`, and scales those of [`BEHIND`] steps ago, which are of the block `at`.
     #[inline(always)]
     unsafe fn step<K: Kernel, const PLANES: usize, const BLK: usize, const ROWS: usize, const PARITY: usize>(
         &self,
-        k: usize,
         operands: &StepOperands,
         at: Place,
         acc: &mut [[<K::V as Simd>::F; ROWS]; PLANES],
     ) {
         let scales = self.wide.scales.add((at.group * self.blocks + self.first + at.block) * 2 * LANES);
-        let sums = self.sums.add(k % BEHIND).cast::<[i32; LANES]>();
+        let sums = self.sums.add(PARITY).cast::<[i32; LANES]>();
         let mut of_tiles = [(K::V::splat(0.0), K::V::splat(0.0)); PLANES];
         for t in 0..PLANES {
             let (_, scale, bias) = (*self.weights[t]).block::<K::V, BLK>(at.block);

@@ -3,8 +3,7 @@
 use mach_backend::{ExpertJob, Experts};
 use mach_format::PackedLayout;
 
-use super::linear::{Acts, Product, Scratch, activate, block, copy, plain, products};
-use super::quant::QuantBuffer;
+use super::linear::{Acts, Product, Scratch, activate, activations, copy, products};
 use super::{Context, Shared};
 use crate::kernels::LANES;
 use crate::memory::{Bank, PartGuard};
@@ -27,15 +26,6 @@ fn lock<'a>(mem: &'a Bank, jobs: &[ExpertJob<'_>], part: usize, bytes: usize) ->
         }
     }
     (guards, data)
-}
-
-/// Rows of `x` that the jobs use, for weights of `layout`.
-fn activations(cx: Context<'_>, quant: &mut [QuantBuffer; 3], layout: &PackedLayout, x: &Tensor, rows: impl Iterator<Item = u32>) -> Acts {
-    assert_eq!(layout.cols, x.cols(), "columns of expert and input");
-    match block(layout.format) {
-        Some(block) => Acts::Quant(quant[block / 32].quantise(cx, x, (0, x.cols()), rows, block)),
-        None => Acts::Plain(plain(x)),
-    }
 }
 
 /// One product per job.

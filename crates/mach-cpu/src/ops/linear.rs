@@ -79,6 +79,15 @@ pub(crate) fn exact(format: WeightFormat, x: PlainRows) -> Acts {
     if format.is_quantised() { Acts::Exact(x) } else { Acts::Plain(x) }
 }
 
+/// `rows` of `x` in the form that weights of `layout` take.
+pub(crate) fn activations(cx: Context<'_>, quant: &mut [QuantBuffer; 3], layout: &PackedLayout, x: &Tensor, rows: impl Iterator<Item = u32>) -> Acts {
+    assert_eq!(layout.cols, x.cols(), "columns of weight and input");
+    match block(layout.format) {
+        Some(block) => Acts::Quant(quant[block / 32].quantise(cx, x, (0, x.cols()), rows, block)),
+        None => Acts::Plain(plain(x)),
+    }
+}
+
 /// One matrix times some rows.
 pub(crate) struct Product<'a> {
     pub layout: PackedLayout,
@@ -407,18 +416,12 @@ pub(crate) fn ffn_add(
     }
     // SAFETY: `ids` are rows of `x`, of `act` and of `out`; units write disjoint parts.
     unsafe {
-        let acts = match block(half.format) {
-            Some(block) => Acts::Quant(scratch.quant[block / 32].quantise(cx, x, (0, x.cols()), ids.iter().copied(), block)),
-            None => Acts::Plain(plain(x)),
-        };
+        let acts = activations(cx, &mut scratch.quant, &half, x, ids.iter().copied());
         let to = Shared::new(act.values_mut());
         let product = Product { layout: half, data: gate_up.data.as_ptr(), per: 2, acts, rows: ids };
         products(cx, &[product], &|done| activate(cx, &activation, done, half.rows, [std::ptr::null(); 2], to, |i| i));
 
-        let acts = match block(down.layout.format) {
-            Some(block) => Acts::Quant(scratch.inner[block / 32].quantise(cx, act, (0, act.cols()), ids.iter().copied(), block)),
-            None => Acts::Plain(plain(act)),
-        };
+        let acts = activations(cx, &mut scratch.inner, &down.layout, act, ids.iter().copied());
         let (to, cols) = (Shared::new(out.values_mut()), out.cols());
         let product = Product { layout: down.layout, data: down.data.as_ptr(), per: 1, acts, rows: ids };
         products(cx, &[product], &|done| add_scaled(cx, done, cols, to, |i| i, |i| factors[i]));

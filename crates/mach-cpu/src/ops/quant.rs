@@ -6,7 +6,6 @@
 //! none worth naming. A few hidden channels of real models are hundreds of times larger than the rest and would take
 //! precision from their block: columns far above the row's trimmed mean magnitude are left out of the blocks and
 //! multiplied in f32.
-
 //!
 //! A buffer remembers whose rows it holds: all experts of a layer and its shared block read the same ones.
 
@@ -38,20 +37,18 @@ struct Source {
     version: u64,
     address: usize,
     cols: usize,
-    block: usize,
-    planes: usize,
 }
 
 impl QuantBuffer {
     /// Rows `rows` of `x`, `cols` columns from `column` on, quantised: row `i` of the result is row `i` of `x`. It is valid while `x` does not
-    /// change and the buffer is not used for anything else.
+    /// change and the buffer is not used for anything else; a buffer always has blocks of one size.
     pub fn quantise(&mut self, cx: Context<'_>, x: &Tensor, (column, cols): (usize, usize), rows: impl Iterator<Item = u32>, block: usize) -> QuantRows {
         assert!(cols.is_multiple_of(block) && column + cols <= x.cols(), "{cols} of {} columns in blocks of {block}", x.cols());
         let (all, blocks, words, planes) = (x.rows(), cols / block, cols.div_ceil(64), cx.planes);
         let values = x.values().as_ptr().wrapping_add(column);
-        let source = Source { version: x.version(), address: values.addr(), cols, block, planes };
-        if self.source != Some(source) {
-            self.source = Some(source);
+        let source = Source { version: x.version(), address: values.addr(), cols };
+        // Back at the end: a panic on the way leaves a buffer that holds nothing.
+        if self.source.take() != Some(source) {
             self.done.clear();
             self.done.resize(all, false);
         }
@@ -82,6 +79,7 @@ impl QuantBuffer {
             // SAFETY: `x` has the row, all buffers have room for as many as `x` has, and each row is written once.
             unsafe { (cx.k.quantise_row)(&to, self.missing[i] as usize) }
         });
+        self.source = Some(source);
         to
     }
 }
